@@ -1,0 +1,119 @@
+"""Which implementation of an operator runs: the one place where that is decided.
+
+"torch" is Python on any device, streamed; "cpu" the C++ kernels of codir_fast._C; "triton" the
+Triton kernels; "cuda" the hand-written ones. What can't run here says why; nothing falls back
+silently.
+"""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from codir_fast import _C
+from codir_fast.version import __version__
+
+OPS = ("masked_pool", "bank_contrast", "bank_update")
+NAMES = ("torch", "cpu", "triton", "cuda")
+_OPS_OF: dict[str, tuple[str, ...]] = {
+    "torch": OPS,
+    "cpu": OPS,
+    "triton": ("masked_pool",),
+    "cuda": (),
+}
+
+# What "auto" takes: (device type, operator) -> backend; a pair that isn't here runs "torch".
+# A row is here once it has been compared with float64 on that device. The Triton kernels have been
+# run by the interpreter and compiled for sm_90, not yet seen on a GPU: they are reached by name.
+AUTO = {
+    ("cpu", "masked_pool"): "cpu",
+    ("cpu", "bank_contrast"): "cpu",
+    ("cpu", "bank_update"): "cpu",
+}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run on this machine, why (or why not), and the operators it has."""
+
+    available: bool
+    reason: str
+    ops: tuple[str, ...]
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend by name, with whether it can run here and the reason.
+
+    Example:
+        >>> codir_fast.backends()["triton"].reason
+        'torch sees no CUDA GPU'
+    """
+    status = {}
+    for name in NAMES:
+        available, reason = _availability(name)
+        status[name] = BackendStatus(available, reason, _OPS_OF[name])
+    return status
+
+
+def resolve(op: str, backend: str, device: torch.device) -> str:
+    """The backend that runs `op` on tensors of `device`: `backend` itself, or what AUTO says.
+
+    Raises:
+        ValueError: `backend` is no backend's name.
+        RuntimeError: the backend was named and can't run `op` here.
+    """
+    if backend == "auto":
+        return AUTO.get((device.type, op), "torch")
+    if backend not in NAMES:
+        raise ValueError(f"`backend` must be one of {('auto', *NAMES)}, got {backend!r}")
+    reason = _why_not(op, backend, device.type)
+    if reason:
+        able = [name for name in NAMES if not _why_not(op, name, device.type)]
+        raise RuntimeError(
+            f"backend {backend!r} can't run {op} on {device}: {reason}; backends that can: {able}"
+        )
+    return backend
+
+
+def _why_not(op: str, backend: str, device_type: str) -> str:
+    """Empty when the backend can run the operator on that type of device."""
+    if op not in _OPS_OF[backend]:
+        return _availability(backend)[1] if backend == "cuda" else f"it has no {op}"
+    if backend == "cpu" and device_type != "cpu":
+        return "it needs tensors on the CPU"
+    if torch.compiler.is_compiling():  # the rest can't be traced: the operator itself will say it
+        return ""
+    available, reason = _availability(backend)
+    if not available:
+        return reason
+    if backend == "triton" and device_type != "cuda" and not _triton_interprets():
+        return "it needs tensors on a CUDA GPU"
+    return ""
+
+
+def _availability(backend: str) -> tuple[bool, str]:
+    if backend == "torch":
+        return True, "PyTorch on any device"
+    if backend == "cpu":
+        return True, f"C++, {_C.cpu_isa()} code in use"
+    if backend == "cuda":
+        return False, f"codir_fast {__version__} has no hand-written CUDA kernel"
+    return _triton_availability()
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_availability() -> tuple[bool, str]:
+    if importlib.util.find_spec("triton") is None:
+        return False, "the triton package is not installed"
+    if _triton_interprets():
+        return True, "Triton's interpreter (TRITON_INTERPRET=1): slow, for tests"
+    if not torch.cuda.is_available():
+        return False, "torch sees no CUDA GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return False, f"the GPU is sm_{major}{minor}, the kernels need sm_80 or newer"
+    return True, f"Triton on {torch.cuda.get_device_name()}, sm_{major}{minor}"

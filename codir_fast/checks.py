@@ -1,0 +1,75 @@
+"""Checks of arguments at the public door: one line that names the argument, what was expected and
+what came.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {tuple(choices)}, got {value!r}")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a Tensor, got {type(value).__name__}")
+
+
+def check_float_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        names = "float32, float64, bfloat16 or float16"
+        raise TypeError(f"`{name}` must be {names}, got {_dtype_name(dtype)}")
+
+
+def check_integers(name: str, value: Any, shape: str, length: int) -> None:
+    """A tensor (length,) of integers; `shape` says it in the reader's letters, as "(B,) with
+    B=32".
+    """
+    check_tensor(name, value)
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"`{name}` must be of an integer dtype, got {_dtype_name(value.dtype)}")
+    if value.shape != (length,):
+        raise ValueError(f"`{name}` must have shape {shape}, got {tuple(value.shape)}")
+
+
+def check_device(name: str, value: Tensor, device: torch.device, whose: str) -> None:
+    if value.device != device:
+        raise ValueError(f"`{name}` must be on the device of {whose}, {device}, got {value.device}")
+
+
+def check_same_dtype(name: str, value: Tensor, dtype: torch.dtype, whose: str) -> None:
+    if value.dtype != dtype:
+        raise ValueError(
+            f"`{name}` must have the dtype of {whose}, {_dtype_name(dtype)}, "
+            f"got {_dtype_name(value.dtype)}"
+        )
+
+
+def check_index(name: str, index: Tensor, low: int, high: int) -> None:
+    """Values in [low, high). Only where looking costs nothing: not on a GPU, not while
+    compiling.
+    """
+    if torch.compiler.is_compiling() or index.device.type != "cpu" or index.numel() == 0:
+        return
+    smallest, largest = (int(value) for value in index.aminmax())
+    if smallest < low or largest >= high:
+        wrong = smallest if smallest < low else largest
+        raise ValueError(f"`{name}` must be in [{low}, {high}), got {wrong}")
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

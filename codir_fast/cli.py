@@ -1,0 +1,62 @@
+"""The program codir-fast: finds the command, turns errors of use into one line and exit code 2."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from codir_fast.errors import UsageError
+from codir_fast.version import __version__
+
+# Command -> (module with run(arguments) -> int, what it does).
+COMMANDS = {
+    "finetune": ("codir_fast.distillation.finetune", "fine-tune an encoder into a teacher"),
+    "distill": ("codir_fast.distillation.distill", "distil a teacher into a smaller student"),
+    "evaluate": ("codir_fast.distillation.evaluate", "accuracy and speed of a model, as JSON"),
+    "doctor": ("codir_fast.doctor", "versions, backends, and what to do about what is missing"),
+}
+TRAIN_PACKAGES = ("transformers", "datasets", "accelerate", "safetensors")
+
+USAGE = "\n".join(
+    [
+        "usage: codir-fast COMMAND [--flag value ...]",
+        "",
+        "commands:",
+        *(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()),
+        "",
+        "codir-fast COMMAND --help lists the flags; codir-fast --version prints the version.",
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 for an error of use."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"codir-fast {__version__}")
+        return 0
+    try:
+        return _run(arguments[0], arguments[1:])
+    except UsageError as error:
+        print(f"codir-fast: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command not in COMMANDS:
+        raise UsageError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {command!r}")
+    module = COMMANDS[command][0]
+    if module.startswith("codir_fast.distillation"):
+        missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UsageError(
+                f"{command} needs {', '.join(missing)}; pip install 'codir-fast[train]'"
+            )
+    return importlib.import_module(module).run(arguments)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,153 @@
+"""Flags of finetune, distill and evaluate, and their reading."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from codir_fast.errors import UsageError
+
+
+@dataclass
+class DataArguments:
+    """Where texts and labels come from."""
+
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training examples: a csv, json, jsonl or parquet file."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Examples to evaluate on after each epoch."}
+    )
+    validation_split: float = field(
+        default=0.0,
+        metadata={"help": "Without validation_file: the share of training examples to hold out."},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A data set of the hub, instead of files."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
+    label_column: str = field(
+        default="label", metadata={"help": "Column of the labels, integers or strings."}
+    )
+    max_seq_length: int = field(
+        default=128, metadata={"help": "Tokens of a text that are read, the rest is cut off."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use only so many training examples, from the start."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_split < 1:
+            raise ValueError(f"`validation_split` must be in [0, 1), got {self.validation_split}")
+        if self.max_seq_length < 1:
+            raise ValueError(f"`max_seq_length` must be at least 1, got {self.max_seq_length}")
+        if self.max_train_samples is not None and self.max_train_samples < 1:
+            raise ValueError(
+                f"`max_train_samples` must be at least 1, got {self.max_train_samples}"
+            )
+
+    def check_training(self) -> None:
+        """Exactly one source of training examples, and files that exist."""
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise UsageError("exactly one of `train_file` and `dataset_name` must be given")
+        for name in ("train_file", "validation_file"):
+            check_file(name, getattr(self, name))
+
+    @property
+    def validates(self) -> bool:
+        return self.validation_file is not None or self.validation_split > 0
+
+
+@dataclass
+class OutputArguments:
+    """What may happen to the output folder."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into an output_dir that is not empty."}
+    )
+
+
+def check_file(name: str, path: str | None) -> None:
+    if path is not None and not Path(path).is_file():
+        raise UsageError(f"`{name}` must be an existing file, got {path}")
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog.split()[-1]}: {message}")
+
+
+def parse(command: str, classes: tuple[Any, ...], arguments: list[str], **defaults: Any) -> tuple:
+    """The dataclasses of a command, filled from its flags; `defaults` replace the fields' own.
+
+    Raises:
+        UsageError: an unknown flag, or a value that a dataclass refuses.
+    """
+    parser = _Parser(classes, prog=f"codir-fast {command}", allow_abbrev=False)
+    parser.set_defaults(**defaults)
+    try:
+        *filled, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, args_file_flag="--args_file"
+        )
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise UsageError(f"{command}: {error}") from error
+    if unknown:
+        raise UsageError(f"{command} has no flag {unknown[0]}; {command} --help lists them")
+    return tuple(filled)
+
+
+def training_defaults(arguments: list[str]) -> dict[str, Any]:
+    """What a user of a small classification set expects, where TrainingArguments differ."""
+    validates = any(
+        name.startswith(("--validation_file", "--validation_split")) for name in arguments
+    )
+    return {
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "eval_strategy": "epoch" if validates else "no",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "logging_steps": 20,
+        "warmup_steps": 0.1,
+        "train_sampling_strategy": "group_by_length",
+        "output_dir": None,
+    }
+
+
+def check_output(training: TrainingArguments, output: OutputArguments) -> None:
+    """Refuses to mix a run with what is there, before anything is written."""
+    if training.output_dir is None:
+        raise UsageError("`output_dir` must be given")
+    directory = Path(training.output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"`output_dir` must be a folder, {directory} is a file")
+    used = directory.is_dir() and any(directory.iterdir())
+    if used and not (output.overwrite_output_dir or training.resume_from_checkpoint):
+        raise UsageError(
+            f"`output_dir` must be empty, {directory} is not; give --overwrite_output_dir to write "
+            "into it or --resume_from_checkpoint to go on"
+        )
+
+
+def checkpoint_to_resume(training: TrainingArguments) -> str | None:
+    """The folder that --resume_from_checkpoint means: itself, or for True the output's last one."""
+    wanted = training.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not Path(wanted).is_dir():
+            raise UsageError(f"`resume_from_checkpoint` must be a folder, got {wanted}")
+        return wanted
+    directory = str(training.output_dir)
+    last = get_last_checkpoint(directory) if Path(directory).is_dir() else None
+    if last is None:
+        raise UsageError(f"`resume_from_checkpoint` found no checkpoint in {directory}")
+    return last
+
+
+def say(message: str) -> None:
+    """A line to the person at the terminal, out of the way of results on standard output."""
+    print(message, file=sys.stderr, flush=True)

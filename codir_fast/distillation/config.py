@@ -1,0 +1,82 @@
+"""What a distillation run is made of; every field is also a flag of `codir-fast distill`."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from codir_fast.distillation.layer_mapping import parse_layer_mapping
+from codir_fast.ops.masked_pool import MODES
+
+FILE_NAME = "distillation.json"
+
+
+@dataclass
+class DistillationConfig:
+    """Loss = ce_weight * CE + kd_weight * KD + codir_weight * CoDIR, and how CoDIR sees the layers.
+
+    Defaults are those of the paper where it gives one; weights of 0 switch a term off, so that CE,
+    CE + KD and CE + KD + CoDIR are one program.
+
+    Source: Sun et al. 2020, Contrastive Distillation on Intermediate Representations for Language
+        Model Compression, sections 3 and 4.1.
+    """
+
+    layer_mapping: str = field(
+        default="uniform",
+        metadata={
+            "help": "Teacher layers that the student's layers learn from: uniform (2,4,..,12 for 6 "
+            "of 12), official (1,3,..,11), last (the last of both), or pairs student:teacher as "
+            "1:4,2:8,3:12. A student made from the teacher starts as those layers."
+        },
+    )
+    pooling: str = field(
+        default="mean",
+        metadata={"help": "Pooling of hidden states over the real tokens: mean, max, first, last."},
+    )
+    projection_dim: int = field(
+        default=128, metadata={"help": "Width of the space in which both sides are compared."}
+    )
+    temperature: float = field(
+        default=0.07, metadata={"help": "Temperature of the contrastive term."}
+    )
+    kd_temperature: float = field(
+        default=2.0, metadata={"help": "Temperature of the teacher's and the student's logits."}
+    )
+    ce_weight: float = field(default=0.1, metadata={"help": "Weight of the labels' cross-entropy."})
+    kd_weight: float = field(default=0.9, metadata={"help": "Weight of the teacher's logits."})
+    codir_weight: float = field(default=0.1, metadata={"help": "Weight of the contrastive term."})
+    bank_momentum: float = field(
+        default=0.5, metadata={"help": "Share of a bank row that an update keeps, 0 to 1."}
+    )
+
+    def __post_init__(self) -> None:
+        parse_layer_mapping(self.layer_mapping)
+        if self.pooling not in MODES:
+            raise ValueError(f"`pooling` must be one of {MODES}, got {self.pooling!r}")
+        if self.projection_dim < 1:
+            raise ValueError(f"`projection_dim` must be at least 1, got {self.projection_dim}")
+        for name in ("temperature", "kd_temperature"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"`{name}` must be positive and finite, got {value}")
+        for name in ("ce_weight", "kd_weight", "codir_weight"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"`{name}` must be 0 or more and finite, got {value}")
+        if self.ce_weight == self.kd_weight == self.codir_weight == 0:
+            raise ValueError(
+                "`ce_weight`, `kd_weight` and `codir_weight` are all 0: no loss is left"
+            )
+        if not 0 <= self.bank_momentum <= 1:
+            raise ValueError(f"`bank_momentum` must be in [0, 1], got {self.bank_momentum}")
+
+    def save(self, directory: str | Path) -> None:
+        """Writes distillation.json."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        Path(directory, FILE_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "DistillationConfig":
+        """Reads distillation.json as written by `save`."""
+        return cls(**json.loads(Path(directory, FILE_NAME).read_text(encoding="utf-8")))

@@ -1,0 +1,131 @@
+"""Labelled texts from files or the hub, and their tokens."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from codir_fast.distillation.arguments import DataArguments
+from codir_fast.errors import UsageError
+
+FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_examples(data: DataArguments, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Training and validation examples with the columns text and label, checked."""
+    if data.dataset_name is not None:
+        train, validation = _from_hub(data.dataset_name)
+    else:
+        train, validation = read_file("train_file", str(data.train_file)), None
+    if data.validation_file is not None:
+        validation = read_file("validation_file", data.validation_file)
+    elif data.validation_split > 0:
+        parts = train.train_test_split(test_size=data.validation_split, seed=seed)
+        train, validation = parts["train"], parts["test"]
+    if data.max_train_samples is not None:
+        train = train.select(range(min(data.max_train_samples, len(train))))
+    train = select_columns(train, "train_file", data)
+    if validation is not None:
+        validation = select_columns(validation, "validation_file", data)
+    return train, validation
+
+
+def read_file(name: str, path: str) -> Dataset:
+    """The rows of a file, whose ending tells the format; `name` is the flag that named it."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise UsageError(f"`{name}` must end in {', '.join(FORMATS)}, got {path}")
+    try:
+        return load_dataset(FORMATS[suffix], data_files=path, split="train")
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        raise UsageError(f"`{name}` can't be read as {suffix[1:]}, {path}: {cause}") from error
+
+
+def _from_hub(name: str) -> tuple[Dataset, Dataset | None]:
+    try:
+        loaded = load_dataset(name)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"`dataset_name` can't be loaded, {name}: {error}") from error
+    if not isinstance(loaded, DatasetDict) or "train" not in loaded:
+        raise UsageError(f"`dataset_name` must have a train split, {name} has none")
+    return loaded["train"], loaded.get("validation")
+
+
+def select_columns(examples: Dataset, name: str, data: DataArguments) -> Dataset:
+    """The two columns under the names text and label; refuses what is missing or empty."""
+    for flag in ("text_column", "label_column"):
+        column = getattr(data, flag)
+        if column not in examples.column_names:
+            raise UsageError(
+                f"`{name}` has no column {column!r} (`{flag}`), its columns are "
+                f"{examples.column_names}"
+            )
+    examples = examples.select_columns([data.text_column, data.label_column])
+    renamed = {data.text_column: "text", data.label_column: "label"}
+    examples = examples.rename_columns({k: v for k, v in renamed.items() if k != v})
+    if len(examples) == 0:
+        raise UsageError(f"`{name}` holds no example")
+    for row, (text, label) in enumerate(zip(examples["text"], examples["label"], strict=True)):
+        if not isinstance(text, str):
+            raise UsageError(f"`{name}` must hold texts, row {row} has {text!r}")
+        if not isinstance(label, (str, int)):
+            raise UsageError(
+                f"`{name}` must hold integer or string labels (regression is not built yet), "
+                f"row {row} has {label!r}"
+            )
+    return examples
+
+
+def label_names(examples: Dataset) -> list[str]:
+    """The classes in order, integers by value and strings by alphabet."""
+    feature = examples.features["label"]
+    if hasattr(feature, "names"):  # a data set of the hub that names its classes
+        return list(feature.names)
+    names = [str(label) for label in sorted(set(examples["label"]))]
+    if len(names) < 2:
+        raise UsageError(f"`train_file` must hold at least 2 different labels, got {names}")
+    return names
+
+
+def known_labels(config: PretrainedConfig) -> dict[str, int]:
+    """The classes that a model knows, by name."""
+    return {str(name): int(number) for name, number in (config.label2id or {}).items()}
+
+
+def label_ids(examples: Dataset, name: str, label2id: dict[str, int]) -> list[int]:
+    """The model's number of each example's label.
+
+    A label is looked up by its text; an integer that is no class's name is the number itself.
+    """
+    feature = examples.features["label"]
+    ids = []
+    for row, label in enumerate(examples["label"]):
+        text = feature.int2str(label) if hasattr(feature, "int2str") else str(label)
+        found = label2id.get(text, label if isinstance(label, int) else None)
+        if found is None or not 0 <= found < len(label2id):
+            raise UsageError(
+                f"`{name}` row {row} has the label {text!r}, which the model does not know; it "
+                f"knows {list(label2id)}"
+            )
+        ids.append(found)
+    return ids
+
+
+def tokenize(
+    examples: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: list[int],
+    max_length: int,
+    model_max_length: int,
+) -> Dataset:
+    """Columns of the tokenizer, labels, and index: the number of the example."""
+    longest = min(max_length, model_max_length, tokenizer.model_max_length)
+
+    def encode(batch: dict[str, list[str]]) -> Any:
+        return tokenizer(batch["text"], truncation=True, max_length=longest)
+
+    tokens = examples.map(encode, batched=True, remove_columns=["text", "label"], desc="Tokenize")
+    return tokens.add_column("labels", labels).add_column("index", list(range(len(labels))))

@@ -1,0 +1,105 @@
+"""`codir-fast distill`: a smaller student from a fine-tuned teacher, by CoDIR."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments, set_seed
+
+from codir_fast.distillation import arguments as args
+from codir_fast.distillation.config import DistillationConfig
+from codir_fast.distillation.data import known_labels, label_ids, load_examples, tokenize
+from codir_fast.distillation.loading import (
+    load_classifier,
+    load_tokenizer,
+    load_trained_classifier,
+)
+from codir_fast.distillation.model import DistillationModel
+from codir_fast.distillation.student import student_from_teacher
+from codir_fast.distillation.trainer import DistillationTrainer
+from codir_fast.distillation.training import accuracy, train_and_save
+from codir_fast.errors import UsageError
+
+
+@dataclass
+class DistillArguments:
+    """The two models."""
+
+    teacher: str = field(metadata={"help": "Fine-tuned classifier: a folder or a hub name."})
+    student_layers: int | None = field(
+        default=None, metadata={"help": "Make the student from so many of the teacher's layers."}
+    )
+    student: str | None = field(
+        default=None,
+        metadata={"help": "Start from this checkpoint instead; it must read the same tokens."},
+    )
+
+    def __post_init__(self) -> None:
+        if (self.student_layers is None) == (self.student is None):
+            raise ValueError("exactly one of `student_layers` and `student` must be given")
+
+
+def run(arguments: list[str]) -> int:
+    """Reads flags, distils, saves the student in transformers' format."""
+    classes = (
+        DistillArguments,
+        DistillationConfig,
+        args.DataArguments,
+        args.OutputArguments,
+        TrainingArguments,
+    )
+    defaults = args.training_defaults(arguments) | {"num_train_epochs": 2.0, "learning_rate": 1e-4}
+    models, config, data, output, training = args.parse("distill", classes, arguments, **defaults)
+    data.check_training()
+    args.check_output(training, output)
+    resume = args.checkpoint_to_resume(training)
+
+    set_seed(training.seed)
+    tokenizer = load_tokenizer("teacher", models.teacher)
+    teacher = load_trained_classifier("teacher", models.teacher)
+    train, validation = load_examples(data, training.seed)
+    label2id = known_labels(teacher.config)
+    labels = label_ids(train, "train_file", label2id)
+    longest = getattr(teacher.config, "max_position_embeddings", data.max_seq_length)
+    train_set = tokenize(train, tokenizer, labels, data.max_seq_length, longest)
+    eval_set = None
+    if validation is not None:
+        eval_labels = label_ids(validation, "validation_file", label2id)
+        eval_set = tokenize(validation, tokenizer, eval_labels, data.max_seq_length, longest)
+    try:
+        student = _student(models, teacher, config)
+        model = DistillationModel(student, teacher, config, torch.tensor(labels))
+    except ValueError as error:
+        raise UsageError(f"distill: {error}") from error
+    trainer = DistillationTrainer(
+        model,
+        training,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=accuracy,
+    )
+    train_and_save(trainer, training, resume)
+    return 0
+
+
+def _student(
+    models: DistillArguments, teacher: PreTrainedModel, config: DistillationConfig
+) -> PreTrainedModel:
+    if models.student is None:
+        assert models.student_layers is not None
+        return student_from_teacher(teacher, models.student_layers, config.layer_mapping)
+    student = load_classifier(
+        "student",
+        models.student,
+        num_labels=teacher.config.num_labels,
+        label2id=teacher.config.label2id,
+        id2label=teacher.config.id2label,
+        ignore_mismatched_sizes=True,
+    )
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise UsageError(
+            f"`student` must read the teacher's tokens, a vocabulary of "
+            f"{teacher.config.vocab_size}, got {student.config.vocab_size}"
+        )
+    return student

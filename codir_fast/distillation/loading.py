@@ -1,0 +1,53 @@
+"""Models and tokenizers from a folder or the hub: safetensors only, no code of theirs is run."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from codir_fast.errors import UsageError
+
+
+def load_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
+    return _load(flag, name, AutoTokenizer)
+
+
+def load_classifier(flag: str, name: str, **options: Any) -> Any:
+    """A sequence classifier; its classifier may be new, where the checkpoint has none."""
+    return _load(flag, name, AutoModelForSequenceClassification, use_safetensors=True, **options)
+
+
+def load_trained_classifier(flag: str, name: str) -> PreTrainedModel:
+    """A sequence classifier all of whose weights come from the checkpoint."""
+    model, report = load_classifier(flag, name, output_loading_info=True)
+    if report["missing_keys"]:
+        raise UsageError(
+            f"`{flag}` must be a fine-tuned classifier, {name} lacks "
+            f"{', '.join(sorted(report['missing_keys']))}; run codir-fast finetune first"
+        )
+    return model
+
+
+def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:
+    is_folder = Path(name).is_dir()
+    if is_folder and not (Path(name) / "config.json").is_file():
+        raise UsageError(f"`{flag}` must be a model, the folder {name} has no config.json")
+    if not is_folder and (Path(name).is_absolute() or name.startswith((".", "~"))):
+        raise UsageError(f"`{flag}` must be a model's folder or hub name, there is no {name}")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is told by the callers, in one line
+    try:
+        return kind.from_pretrained(
+            name, trust_remote_code=False, local_files_only=is_folder, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"`{flag}` can't be loaded from {name}: {first}") from error
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,185 @@
+"""Student, heads and bank as one trainable module beside a frozen teacher."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from codir_fast.distillation.config import DistillationConfig
+from codir_fast.distillation.layer_mapping import layer_pairs
+from codir_fast.losses import ContrastiveLoss
+from codir_fast.memory_bank import IndexedBank
+from codir_fast.pooling import pool_hidden_states
+from codir_fast.projection import ProjectionHead
+
+STUDENT_PREFIX = "student."
+
+
+class DistillationModel(nn.Module):
+    """The fine-tuning stage of CoDIR: loss = ce_weight CE + kd_weight KD + codir_weight CoDIR.
+
+    CE is the student's cross-entropy with the labels. KD = T^2 KL(teacher || student) of the logits
+    at T = kd_temperature. CoDIR: hidden states of the mapped layers, pooled over the real tokens
+    and put side by side, go through one projection head per side; the student's z must recognise
+    the teacher's z of the same text among the bank's rows of other labels (InfoNCE).
+
+    The teacher is frozen and always in eval mode; it is neither in parameters() nor in state_dict()
+    but moves with the module. In eval mode only the student runs: the loss is CE, the bank stays.
+
+    Args:
+        student: sequence classifier to train.
+        teacher: fine-tuned sequence classifier that reads the same tokens.
+        config: weights, temperatures, layers.
+        bank_labels: (num_examples,) integers, label of each training example; row n of the bank
+            belongs to example n. Needed where codir_weight > 0.
+
+    Source: Sun et al. 2020, Contrastive Distillation on Intermediate Representations, section 3.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        config: DistillationConfig,
+        bank_labels: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if student.config.num_labels != teacher.config.num_labels:
+            raise ValueError(
+                f"`student` must have the teacher's {teacher.config.num_labels} labels, "
+                f"got {student.config.num_labels}"
+            )
+        self.distillation_config = config
+        self.student = student
+        # In a tuple, so that it is no submodule: not trained, not saved, not wrapped by DDP.
+        self._teacher = (teacher.eval().requires_grad_(False),)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        if config.codir_weight > 0:
+            self._add_contrast(bank_labels)
+
+    def _add_contrast(self, bank_labels: Tensor | None) -> None:
+        if bank_labels is None:
+            raise ValueError("`bank_labels` must be given where codir_weight > 0")
+        config, student, teacher = (
+            self.distillation_config,
+            self.student.config,
+            self.teacher.config,
+        )
+        pairs = layer_pairs(
+            config.layer_mapping, student.num_hidden_layers, teacher.num_hidden_layers
+        )
+        self.student_layers, self.teacher_layers = (list(side) for side in zip(*pairs, strict=True))
+        dim = config.projection_dim
+        self.student_projection = ProjectionHead(len(pairs) * student.hidden_size, dim)
+        self.teacher_projection = ProjectionHead(len(pairs) * teacher.hidden_size, dim)
+        self.bank = IndexedBank(
+            len(bank_labels), dim, momentum=config.bank_momentum, labels=bank_labels
+        )
+        # Both sides come out of their heads with unit length.
+        self.contrastive_loss = ContrastiveLoss(config.temperature, normalize=False)
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        return self._teacher[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DistillationModel":
+        self.teacher._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        token_type_ids: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss, logits and, in training, each term that has a weight: ce, kd, codir.
+
+        Args:
+            input_ids, attention_mask, token_type_ids: (B, T), as the tokenizer gives them.
+            labels: (B,) int64.
+            index: (B,) int64, number of each example in the training set; needed in training where
+                codir_weight > 0.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        config = self.distillation_config
+        contrasts = self.training and config.codir_weight > 0
+        student = self.student(**inputs, output_hidden_states=contrasts)
+        ce = F.cross_entropy(student.logits.float(), labels)
+        if not self.training:
+            return {"loss": ce, "logits": student.logits}
+        terms = {"ce": ce}
+        if contrasts or config.kd_weight > 0:
+            with torch.no_grad():
+                teacher = self.teacher(**inputs, output_hidden_states=contrasts)
+            terms["kd"] = kd_loss(student.logits, teacher.logits, config.kd_temperature)
+        if contrasts:
+            terms["codir"] = self._contrast(student, teacher, attention_mask, labels, index)
+        weights = {"ce": config.ce_weight, "kd": config.kd_weight, "codir": config.codir_weight}
+        loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(ce))
+        return {"loss": loss, "logits": student.logits, **terms}
+
+    def _contrast(
+        self, student: Any, teacher: Any, mask: Tensor, labels: Tensor, index: Tensor | None
+    ) -> Tensor:
+        if index is None:
+            raise ValueError("`index` must be given in training where codir_weight > 0")
+        pooling = self.distillation_config.pooling
+        z_student = self.student_projection(
+            pool_hidden_states(
+                student.hidden_states, mask, mode=pooling, layers=self.student_layers
+            )
+        )
+        z_teacher = self.teacher_projection(
+            pool_hidden_states(
+                teacher.hidden_states, mask, mode=pooling, layers=self.teacher_layers
+            )
+        )
+        self._waiting.append((index, z_teacher.detach()))
+        return self.contrastive_loss(
+            z_student, z_teacher, self.bank, labels=labels, exclude_index=index
+        )
+
+    def update_bank(self) -> None:
+        """Moves the bank's rows to the teacher embeddings of all examples seen since the last call.
+
+        Called once after each optimizer step, so that accumulated micro-batches change the bank as
+        the one large batch would.
+        """
+        for index, keys in self._waiting:
+            self.bank.update(index, keys)
+        self._waiting.clear()
+
+    def distillation_state(self) -> dict[str, Tensor]:
+        """Heads and bank: all of state_dict() that is not the student."""
+        state = self.state_dict()
+        return {name: state[name] for name in state if not name.startswith(STUDENT_PREFIX)}
+
+    def load_distillation_state(self, state: dict[str, Tensor]) -> None:
+        """Takes what `distillation_state` gave; every name and shape must fit."""
+        expected = set(self.distillation_state())
+        if set(state) != expected:
+            raise ValueError(
+                f"`state` must hold {sorted(expected)}, got {sorted(state)}: it is of another kind "
+                "of run"
+            )
+        self.load_state_dict(state, strict=False)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.student.gradient_checkpointing_enable(**kwargs)
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the batch, in nats.
+
+    Source: Hinton et al. 2015, Distilling the Knowledge in a Neural Network, section 2.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -1,0 +1,62 @@
+"""A student of fewer layers, made from a fine-tuned teacher."""
+
+import copy
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from codir_fast.distillation.layer_mapping import layer_pairs
+
+
+def student_from_teacher(
+    teacher: PreTrainedModel, num_layers: int, layer_mapping: str = "uniform"
+) -> PreTrainedModel:
+    """The teacher's embeddings, pooler and classifier around `num_layers` of its layers.
+
+    Student layer i starts as the teacher layer that `layer_mapping` gives it; a mapping that leaves
+    a layer out gives it the uniform one.
+
+    Raises:
+        ValueError: more layers than the teacher has, fewer than 1, or a model whose layers are not
+            found.
+    """
+    total = teacher.config.num_hidden_layers
+    if not 1 <= num_layers <= total:
+        raise ValueError(
+            f"`student_layers` must be in [1, {total}], the teacher's layers, got {num_layers}"
+        )
+    source = dict(layer_pairs("uniform", num_layers, total))
+    if layer_mapping != "last":
+        source.update(layer_pairs(layer_mapping, num_layers, total))
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = num_layers
+    student = type(teacher)(config)
+
+    stack = _layer_stack(teacher, total)
+    given = teacher.state_dict()
+    state = {name: given[_source_name(name, stack, source)] for name in student.state_dict()}
+    student.load_state_dict(state)
+    return student
+
+
+def _layer_stack(model: PreTrainedModel, num_layers: int) -> str:
+    """Name of the one list of layers, such as bert.encoder.layer."""
+    stacks = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    if len(stacks) != 1:
+        raise ValueError(
+            f"`teacher` must have one list of {num_layers} layers to make a student from, "
+            f"{type(model).__name__} has {len(stacks)}; give a `student` instead"
+        )
+    return stacks[0]
+
+
+def _source_name(name: str, stack: str, source: dict[int, int]) -> str:
+    prefix = stack + "."
+    if not name.startswith(prefix):
+        return name
+    layer, rest = name.removeprefix(prefix).split(".", 1)
+    return f"{prefix}{source[int(layer) + 1] - 1}.{rest}"

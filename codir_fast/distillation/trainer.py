@@ -1,0 +1,109 @@
+"""transformers.Trainer with what CoDIR adds: bank updates, heads and bank in checkpoints, terms in
+the log.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from codir_fast.distillation.model import DistillationModel
+
+STATE_FILE = "distillation_state.safetensors"
+
+
+class DistillationTrainer(Trainer):
+    """Trains a DistillationModel; accumulation, precision, resume and trackers are Trainer's.
+
+    A checkpoint is the student in transformers' own format, with its tokenizer, and beside it
+    distillation.json and distillation_state.safetensors (heads and bank). The training set needs a
+    column `index`, the number of each example, where the contrastive term has a weight.
+
+    Raises:
+        ValueError: `model` is no DistillationModel; or more than one process, for which the bank is
+            not built yet.
+    """
+
+    def __init__(self, model: DistillationModel, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(model, DistillationModel):
+            raise ValueError(f"`model` must be a DistillationModel, got {type(model).__name__}")
+        super().__init__(model, *args, **kwargs)
+        if self.args.world_size > 1 and model.distillation_config.codir_weight > 0:
+            raise ValueError(
+                "`codir_weight` > 0 needs one process: each process would fill a bank of its own, "
+                f"got {self.args.world_size} processes"
+            )
+        device = self.args.device
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+        self._count = 0
+        self.add_callback(_BankUpdate())
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        outputs = model(**inputs)
+        if model.training:
+            self._count += 1
+            for name in outputs.keys() - {"loss", "logits"}:
+                self._sums[name] += outputs[name].detach()
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._count:
+            logs |= {name: float(total) / self._count for name, total in self._sums.items()}
+            self._sums.clear()
+            self._count = 0
+        super().log(logs, start_time)
+
+    def _distilled(self) -> DistillationModel:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        directory = Path(str(output_dir or self.args.output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        model = self._distilled()
+        model.student.save_pretrained(directory)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(directory)
+        model.distillation_config.save(directory)
+        # Copies: safetensors refuses tensors that share memory, as a bank moved by .to() may.
+        state = {name: value.clone() for name, value in model.distillation_state().items()}
+        save_file(state, directory / STATE_FILE)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        self._load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load(Path(str(self.state.best_model_checkpoint)))
+
+    def _load(self, directory: Path) -> None:
+        state_file = directory / STATE_FILE
+        if not state_file.is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint` must be a checkpoint of a distillation, {directory} has "
+                f"no {STATE_FILE}"
+            )
+        model = self._distilled()
+        loaded = type(model.student).from_pretrained(
+            directory, use_safetensors=True, local_files_only=True
+        )
+        model.student.load_state_dict(loaded.state_dict())
+        model.load_distillation_state(load_file(state_file))
+
+
+class _BankUpdate(TrainerCallback):
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        getattr(model, "module", model).update_bank()

@@ -1,0 +1,300 @@
+"""The contrastive loss as a function: checks, normalisation, choice of negatives, and one pass of
+bank_contrast.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codir_fast.checks import (
+    check_choice,
+    check_device,
+    check_float_dtype,
+    check_index,
+    check_integers,
+    check_same_dtype,
+    check_tensor,
+)
+from codir_fast.memory_bank import IndexedBank, MemoryQueue
+from codir_fast.ops.bank_contrast import bank_contrast
+
+OBJECTIVES = ("infonce", "nce")
+REDUCTIONS = ("none", "mean", "sum")
+_EPS = 1e-12  # of F.normalize
+
+Negatives = Tensor | MemoryQueue | IndexedBank | None
+
+
+def contrastive_loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Negatives = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    objective: str = "infonce",
+    normalize: bool = True,
+    reduction: str = "mean",
+    symmetric: bool = False,
+    backend: str = "auto",
+    labels: Tensor | None = None,
+    negative_labels: Tensor | None = None,
+    negative_index: Tensor | None = None,
+    exclude_index: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE: each query must recognise its positive key among many negatives.
+
+    l_i = log(e^{q_i.p_i/t} + sum_{j in A_i} e^{q_i.b_j/t}) - q_i.p_i/t, in nats. Nothing of size B
+    x K is made, and loss and gradients come out of one pass over the negatives. A query without
+    negatives (an empty A_i) has loss 0 and gradient 0. As in PyTorch, the mean over no query (B =
+    0) is NaN.
+
+    Args:
+        query: q, (B, D), float32, float64, bfloat16 or float16.
+        positive_key: p, (B, D), dtype and device of `query`.
+        negative_keys: b. None: the other queries' positive keys, gradient included. (K, D): shared
+            by all queries, dtype and device of `query`; gets a gradient if it requires one. A
+            MemoryQueue or IndexedBank: its filled rows, without gradient, in the bank's own dtype.
+        temperature: t > 0; a number, or a 0-d tensor, which gets a gradient if it requires one.
+        objective: "infonce".
+        normalize: L2-normalise query, positive and explicit negatives (a bank keeps its own rows
+            unit length).
+        reduction: "none" gives (B,), "mean" or "sum" a scalar.
+        symmetric: not built yet.
+        backend: see codir_fast.backends().
+        labels: (B,) integers. Negatives of the query's own label are left out. With a (K, D) tensor
+            `negative_labels` must be given too, a bank has its own, in-batch they are `labels`
+            again.
+        negative_labels: (K,) integers, for a (K, D) tensor only.
+        negative_index: not built yet.
+        exclude_index: (B,) integers, the row of the negatives that is this query's own example, -1
+            for none. In-batch the own row is left out anyway. The range is checked on the CPU only.
+        weight: (B,) factor on each query's loss, before the reduction.
+
+    Returns:
+        float32 (float64 for float64 input), (B,) or a scalar. Differentiable once in query,
+        positive_key, negative_keys (a tensor), temperature (a tensor) and weight. Under autocast
+        the three inputs may differ in dtype.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or value; the message names the
+        argument.
+        NotImplementedError: objective "nce", symmetric=True, negative_index, per-query (B, M, D)
+        negatives.
+        RuntimeError: the named backend can't run here.
+
+    Example:
+        >>> queue = codir_fast.MemoryQueue(65536, 128)
+        >>> loss = contrastive_loss(query, positive_key, queue, temperature=0.07)
+
+    Source: van den Oord et al. 2018, Representation Learning with Contrastive Predictive Coding,
+        eq. 4; He et al. 2020, Momentum Contrast, eq. 1.
+    """
+    check_options(objective, reduction, symmetric)
+    if negative_index is not None:
+        raise NotImplementedError("`negative_index` (sampled negatives) is not built yet")
+    _check_pair(query, positive_key)
+    inv_temperature = _inverse(temperature)
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q, p = query.to(compute), positive_key.to(compute)
+    if normalize:
+        q, p = F.normalize(q, dim=1, eps=_EPS), F.normalize(p, dim=1, eps=_EPS)
+    negatives = _choose_negatives(query, p, negative_keys, normalize)
+    own_labels, bank_labels = _choose_labels(query, negatives, labels, negative_labels)
+    loss = bank_contrast(
+        q.contiguous(),
+        p.contiguous(),
+        negatives.rows,
+        inv_temperature,
+        negatives.scale,
+        own_labels,
+        bank_labels,
+        _choose_exclusion(query, negatives, exclude_index),
+        negatives.valid,
+        backend=backend,
+    )
+    return _reduce(loss, weight, reduction)
+
+
+def check_options(objective: str, reduction: str, symmetric: bool) -> None:
+    check_choice("objective", objective, OBJECTIVES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if objective == "nce":
+        raise NotImplementedError('`objective` "nce" is not built yet; "infonce" is')
+    if symmetric:
+        raise NotImplementedError("`symmetric=True` is not built yet")
+
+
+def check_temperature(temperature: float) -> None:
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"`temperature` must be a number, got {type(temperature).__name__}")
+    # Comparisons only: torch.compile can follow them.
+    if not (0 < temperature < math.inf and 1 / temperature < math.inf):
+        raise ValueError(f"`temperature` must be positive and finite, got {temperature}")
+
+
+@dataclass
+class _Negatives:
+    """The negatives as bank_contrast takes them; `source` says where they come from, for labels and
+    exclusion.
+    """
+
+    rows: Tensor
+    scale: Tensor | None = None
+    valid: Tensor | None = None
+    source: Negatives = None
+
+
+def _check_pair(query: Tensor, positive_key: Tensor) -> None:
+    for name, value in (("query", query), ("positive_key", positive_key)):
+        check_tensor(name, value)
+        check_float_dtype(name, value.dtype)
+    if query.ndim != 2:
+        raise ValueError(f"`query` must have shape (B, D), got {tuple(query.shape)}")
+    if positive_key.shape != query.shape:
+        B, D = query.shape
+        raise ValueError(
+            f"`positive_key` must have shape (B, D) with B={B}, D={D} as `query`, "
+            f"got {tuple(positive_key.shape)}"
+        )
+    check_device("positive_key", positive_key, query.device, "`query`")
+    _check_dtype("positive_key", positive_key, query)
+
+
+def _check_dtype(name: str, value: Tensor, query: Tensor) -> None:
+    # Under autocast one input may come out of a matrix product in half precision and another out of
+    # a float32 buffer.
+    if not torch.is_autocast_enabled(query.device.type):
+        check_same_dtype(name, value, query.dtype, "`query`")
+
+
+def _inverse(temperature: float | Tensor) -> Tensor:
+    if not isinstance(temperature, Tensor):
+        check_temperature(temperature)
+        return torch.full((), 1 / temperature, dtype=torch.float64, device="cpu")
+    if temperature.ndim != 0:
+        raise ValueError(f"`temperature` must be 0-d, got shape {tuple(temperature.shape)}")
+    check_float_dtype("temperature", temperature.dtype)
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_temperature(temperature.item())
+    wide = torch.float64 if temperature.dtype == torch.float64 else torch.float32
+    return temperature.to(wide).reciprocal()
+
+
+def _choose_negatives(
+    query: Tensor, positive: Tensor, negative_keys: Negatives, normalize: bool
+) -> _Negatives:
+    if negative_keys is None:
+        return _Negatives(positive.contiguous())
+    if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
+        _check_bank(query, negative_keys)
+        valid = None if negative_keys.is_full else negative_keys.valid
+        return _Negatives(negative_keys.rows, valid=valid, source=negative_keys)
+    _check_explicit(query, negative_keys)
+    if not normalize:
+        return _Negatives(negative_keys.contiguous(), source=negative_keys)
+    wide = positive.dtype
+    if negative_keys.requires_grad and torch.is_grad_enabled():
+        rows = F.normalize(negative_keys.to(wide), dim=1, eps=_EPS)
+        return _Negatives(rows.contiguous(), source=negative_keys)
+    # Without gradient the kernel scales the rows as it reads them, and no normalised copy is made.
+    with torch.no_grad():
+        scale = torch.linalg.vector_norm(negative_keys, dim=1, dtype=wide)
+        scale.clamp_min_(_EPS).reciprocal_()
+    return _Negatives(negative_keys.contiguous(), scale=scale, source=negative_keys)
+
+
+def _check_bank(query: Tensor, bank: MemoryQueue | IndexedBank) -> None:
+    if bank.dim != query.shape[1]:
+        raise ValueError(
+            f"`negative_keys` must be a bank of dim D={query.shape[1]} as `query`, got {bank.dim}"
+        )
+    check_device("negative_keys", bank.rows, query.device, "`query`")
+    if bank.rows.dtype == torch.float64 and query.dtype != torch.float64:
+        raise ValueError("`negative_keys` is a float64 bank, which needs a float64 `query`")
+
+
+def _check_explicit(query: Tensor, negative_keys: Tensor) -> None:
+    if not isinstance(negative_keys, Tensor):
+        raise TypeError(
+            "`negative_keys` must be None, a Tensor, a MemoryQueue or an IndexedBank, "
+            f"got {type(negative_keys).__name__}"
+        )
+    if negative_keys.ndim == 3:
+        raise NotImplementedError("`negative_keys` (B, M, D), one set per query, is not built yet")
+    D = query.shape[1]
+    if negative_keys.ndim != 2 or negative_keys.shape[1] != D:
+        raise ValueError(
+            f"`negative_keys` must have shape (K, D) with D={D} as `query`, "
+            f"got {tuple(negative_keys.shape)}"
+        )
+    if negative_keys.shape[0] == 0:
+        raise ValueError(
+            f"`negative_keys` must have at least one row, got {tuple(negative_keys.shape)}"
+        )
+    check_float_dtype("negative_keys", negative_keys.dtype)
+    check_device("negative_keys", negative_keys, query.device, "`query`")
+    _check_dtype("negative_keys", negative_keys, query)
+
+
+def _choose_labels(
+    query: Tensor, negatives: _Negatives, labels: Tensor | None, negative_labels: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    source, explicit = negatives.source, isinstance(negatives.source, Tensor)
+    if negative_labels is not None and not explicit:
+        raise ValueError("`negative_labels` needs `negative_keys` given as a (K, D) tensor")
+    if labels is None:
+        if negative_labels is not None:
+            raise ValueError("`negative_labels` needs `labels`, got None")
+        return None, None
+    labels = _as_int64("labels", labels, query, "B", query.shape[0])
+    if explicit:
+        if negative_labels is None:
+            raise ValueError("`labels` with a (K, D) `negative_keys` needs `negative_labels`")
+        K = negatives.rows.shape[0]
+        return labels, _as_int64("negative_labels", negative_labels, query, "K", K)
+    if isinstance(source, (MemoryQueue, IndexedBank)):
+        if source.row_labels is None:
+            raise ValueError("`labels` needs a bank that has labels; `negative_keys` has none")
+        return labels, source.row_labels
+    return labels, labels
+
+
+def _choose_exclusion(
+    query: Tensor, negatives: _Negatives, exclude_index: Tensor | None
+) -> Tensor | None:
+    B, K = query.shape[0], negatives.rows.shape[0]
+    if negatives.source is None:
+        if exclude_index is not None:
+            raise ValueError(
+                "`exclude_index` needs `negative_keys`: in-batch each query's own key is left out"
+            )
+        return torch.arange(B, device=query.device)
+    if exclude_index is None:
+        return None
+    exclude_index = _as_int64("exclude_index", exclude_index, query, "B", B)
+    check_index("exclude_index", exclude_index, -1, K)
+    return exclude_index
+
+
+def _as_int64(name: str, value: Tensor, query: Tensor, letter: str, length: int) -> Tensor:
+    check_integers(name, value, f"({letter},) with {letter}={length}", length)
+    check_device(name, value, query.device, "`query`")
+    return value.to(torch.int64).contiguous()
+
+
+def _reduce(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    if weight is not None:
+        check_tensor("weight", weight)
+        if weight.shape != loss.shape:
+            raise ValueError(
+                f"`weight` must have shape (B,) with B={loss.shape[0]}, got {tuple(weight.shape)}"
+            )
+        check_device("weight", weight, loss.device, "`query`")
+        loss = loss * weight.to(loss.dtype)
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()

@@ -1,0 +1,248 @@
+"""Memory banks of negatives: a first-in-first-out queue, and one row per training example."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codir_fast.checks import (
+    check_count,
+    check_device,
+    check_float_dtype,
+    check_index,
+    check_integers,
+    check_tensor,
+)
+from codir_fast.ops.bank_update import bank_update
+
+
+class _Bank(nn.Module):
+    """Unit rows (K, D), which of them are filled, and their labels; all of it buffers, in the
+    state_dict.
+    """
+
+    rows: Tensor
+    valid: Tensor
+    row_labels: Tensor | None
+
+    def __init__(
+        self, size: int, dim: int, dtype: torch.dtype | None, labels: Tensor | None
+    ) -> None:
+        super().__init__()
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        check_count("dim", dim)
+        check_float_dtype("dtype", dtype)
+        self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
+        self.register_buffer("valid", torch.zeros(size, dtype=torch.bool))
+        self.register_buffer("row_labels", None if labels is None else labels.to(self.rows.device))
+        self._full = False
+
+    @property
+    def dim(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def is_full(self) -> bool:
+        """True once every row is known to be filled.
+
+        On a GPU finding out would wait for the device, so there it turns True only when a state is
+        loaded.
+        """
+        return self._full
+
+    def __len__(self) -> int:
+        """Number of filled rows (reads the device)."""
+        return int(self.valid.sum())
+
+    def _write(self, index: Tensor, keys: Tensor, momentum: float) -> None:
+        bank_update(self.rows, index, keys, momentum, self.valid, backend="auto")
+        if not self._full and self.valid.is_cpu and not torch.compiler.is_compiling():
+            self._full = bool(self.valid.all())
+
+    def _check_keys(self, keys: Tensor) -> None:
+        check_tensor("keys", keys)
+        if keys.ndim != 2 or keys.shape[1] != self.dim:
+            raise ValueError(
+                f"`keys` must have shape (N, D) with D={self.dim}, got {tuple(keys.shape)}"
+            )
+        check_float_dtype("keys", keys.dtype)
+        check_device("keys", keys, self.rows.device, "the bank")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, buffer in self.named_buffers(recurse=False):
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None and loaded.shape != buffer.shape:
+                # All or nothing: torch would go on to load the buffers that fit.
+                errors = args[-1]
+                errors.append(
+                    f"{prefix}{name} must have shape {tuple(buffer.shape)}, the size of this "
+                    f"{type(self).__name__}, got {tuple(loaded.shape)}"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._full = not self.valid.is_meta and bool(self.valid.all())
+
+    def extra_repr(self) -> str:
+        size, dim = self.rows.shape
+        return f"{size}, {dim}, dtype={self.rows.dtype}, labels={self.row_labels is not None}"
+
+
+class MemoryQueue(_Bank):
+    """First-in-first-out queue of negatives (the dictionary of MoCo).
+
+    Rows are L2-normalised and carry no gradient. A new queue is empty and gives no negatives. In
+    eval mode it never changes: `enqueue` checks its arguments and does nothing. The whole state
+    (rows, labels, position, fill) is in the state_dict; it loads into a queue of another dtype or
+    device.
+
+    Args:
+        size: number of rows, K.
+        dim: width of a row, D.
+        dtype: of the rows; default torch's default dtype. Half precision halves the memory.
+        with_labels: keep an int64 label per row, to leave out negatives of the query's own class.
+
+    Example:
+        >>> queue = MemoryQueue(65536, 128)
+        >>> loss = ContrastiveLoss()(query, positive_key, queue)
+        >>> queue.enqueue(positive_key)
+
+    Source: He et al. 2020, Momentum Contrast, section 3.2.
+    """
+
+    position: Tensor
+
+    def __init__(
+        self, size: int, dim: int, *, dtype: torch.dtype | None = None, with_labels: bool = False
+    ) -> None:
+        check_count("size", size)
+        labels = torch.full((size,), -1) if with_labels else None
+        super().__init__(size, dim, dtype, labels)
+        # Where the next key goes; a tensor, so that it travels with the state and needs no
+        # recompilation.
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def keys(self) -> Tensor:
+        """The filled rows, oldest first: a copy, (len, D)."""
+        return self.rows[self._oldest_first()]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Labels of `keys`, (len,) int64; None for a queue without labels."""
+        return None if self.row_labels is None else self.row_labels[self._oldest_first()]
+
+    def _oldest_first(self) -> Tensor:
+        size = self.rows.shape[0]
+        order = (self.position + torch.arange(size, device=self.rows.device)) % size
+        return order[self.valid[order]]
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> None:
+        """Writes keys over the oldest rows, in order; of more keys than rows the newest stay.
+
+        Args:
+            keys: (N, D) floating point, any length; detached and normalised here. N need not divide
+                the size.
+            labels: (N,) integers, given exactly where the queue was made with labels.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, device or dtype; labels missing or not expected.
+        """
+        self._check_keys(keys)
+        self._check_labels(keys, labels)
+        if not self.training:
+            return
+        size, N = self.rows.shape[0], keys.shape[0]
+        skipped = max(N - size, 0)
+        offset = torch.arange(skipped, N, device=keys.device)
+        index = (self.position + offset) % size
+        self._write(index, keys[skipped:], momentum=0.0)
+        if self.row_labels is not None and labels is not None:
+            self.row_labels[index] = labels[skipped:].to(torch.int64)
+        self.position.copy_((self.position + N) % size)
+
+    def _check_labels(self, keys: Tensor, labels: Tensor | None) -> None:
+        if self.row_labels is None:
+            if labels is not None:
+                raise ValueError("`labels` needs a MemoryQueue made with with_labels=True")
+            return
+        if labels is None:
+            raise ValueError("`labels` must be given: the queue was made with with_labels=True")
+        check_integers("labels", labels, f"(N,) with N={keys.shape[0]}", keys.shape[0])
+        check_device("labels", labels, self.rows.device, "the bank")
+
+
+class IndexedBank(_Bank):
+    """One row per training example, updated with momentum: b_r <- normalise(m * b_r + (1 - m) *
+    key).
+
+    A row that was never updated is no negative, and takes its first key as it is. In eval mode the
+    bank never
+    changes: `update` checks its arguments and does nothing. The whole state is in the state_dict;
+        it loads into a
+    bank of another dtype or device.
+
+    Args:
+        num_rows: number of training examples, K.
+        dim: width of a row, D.
+        momentum: m in [0, 1].
+        dtype: of the rows; default torch's default dtype. Half precision halves the memory.
+        labels: (num_rows,) integers, the class of each example.
+
+    Source: Wu et al. 2018, Unsupervised Feature Learning via Non-Parametric Instance
+        Discrimination; momentum 0.5 as in Sun et al. 2020, Contrastive Distillation on Intermediate
+        Representations.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        dim: int,
+        *,
+        momentum: float = 0.5,
+        dtype: torch.dtype | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"`momentum` must be in [0, 1], got {momentum}")
+        check_count("num_rows", num_rows)
+        if labels is not None:
+            check_integers("labels", labels, f"(num_rows,) with num_rows={num_rows}", num_rows)
+            labels = labels.to(torch.int64, copy=True)
+        super().__init__(num_rows, dim, dtype, labels)
+        self.momentum = momentum
+
+    @property
+    def keys(self) -> Tensor:
+        """All rows in order, (num_rows, D); 0 where `valid` is False, a row that was never
+        updated.
+        """
+        return self.rows
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The label of each row, (num_rows,) int64; None for a bank without labels."""
+        return self.row_labels
+
+    @torch.no_grad()
+    def update(self, index: Tensor, keys: Tensor) -> None:
+        """Mixes each key into its example's row; of repeated rows, one after the other in batch
+        order.
+
+        Args:
+            index: (N,) int64 in [0, num_rows). The range is checked on the CPU; a GPU checks it by
+                itself.
+            keys: (N, D) floating point, any length; detached here.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, device, dtype or index.
+        """
+        self._check_keys(keys)
+        check_integers("index", index, f"(N,) with N={keys.shape[0]}", keys.shape[0])
+        check_device("index", index, self.rows.device, "the bank")
+        check_index("index", index, 0, self.rows.shape[0])
+        if self.training:
+            self._write(index.to(torch.int64), keys, self.momentum)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, momentum={self.momentum}"

@@ -1,0 +1,104 @@
+"""Specification of the operators in plain PyTorch: dense, differentiable, right in float64. Tests
+hold every backend to it, benchmarks time it as "eager". Nothing of the library calls it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def masked_pool(
+    hidden_states: Sequence[Tensor], attention_mask: Tensor | None, mode: str
+) -> Tensor:
+    """Pools each (B, T, H) layer over its real tokens; (B, L*H), layer after layer.
+
+    `mode` is mean, max, first or last, over the tokens whose `attention_mask` (B, T) is not zero.
+    A row without a real token gives 0.
+    """
+    num_rows, num_tokens, _ = hidden_states[0].shape
+    if attention_mask is None:
+        attention_mask = hidden_states[0].new_ones(num_rows, num_tokens, dtype=torch.bool)
+    real = attention_mask != 0
+    return torch.cat([_pool_layer(layer, real, mode) for layer in hidden_states], dim=1)
+
+
+def _pool_layer(layer: Tensor, real: Tensor, mode: str) -> Tensor:
+    rows = [_pool_row(tokens[mask], mode) for tokens, mask in zip(layer, real, strict=True)]
+    return torch.stack(rows) if rows else layer.sum(1)
+
+
+def _pool_row(tokens: Tensor, mode: str) -> Tensor:
+    if tokens.shape[0] == 0:
+        return tokens.sum(0)
+    if mode == "mean":
+        return tokens.mean(0)
+    if mode == "max":
+        return tokens.max(0).values
+    return tokens[0 if mode == "first" else -1]
+
+
+def allowed_negatives(
+    num_queries: int,
+    bank: Tensor,
+    labels: Tensor | None = None,
+    bank_labels: Tensor | None = None,
+    exclude_index: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The sets A_i as a (B, K) bool mask: row j is valid, of another label, and not excluded."""
+    num_bank_rows = bank.shape[0]
+    allowed = torch.ones(num_queries, num_bank_rows, dtype=torch.bool, device=bank.device)
+    if valid is not None:
+        allowed = allowed & valid
+    if labels is not None and bank_labels is not None:
+        allowed = allowed & (labels[:, None] != bank_labels)
+    if exclude_index is not None:
+        rows = torch.arange(num_bank_rows, device=bank.device)
+        allowed = allowed & (exclude_index[:, None] != rows)
+    return allowed
+
+
+def bank_contrast(
+    query: Tensor,
+    positive: Tensor,
+    bank: Tensor,
+    inv_temperature: Tensor | float,
+    bank_scale: Tensor | None = None,
+    labels: Tensor | None = None,
+    bank_labels: Tensor | None = None,
+    exclude_index: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE of each query against all allowed bank rows, (B,):
+
+    l_i = log(e^{s_i+} + sum_{j in A_i} e^{s_ij}) - s_i+,  s_i+ = q_i.p_i / t,  s_ij = q_i.b_j / t.
+    """
+    allowed = allowed_negatives(len(query), bank, labels, bank_labels, exclude_index, valid)
+    rows = bank.to(query.dtype)
+    if bank_scale is not None:
+        rows = rows * bank_scale[:, None]
+    if valid is not None:  # what lies in an invalid row, NaN included, doesn't count
+        rows = torch.where(valid[:, None], rows, 0)
+    positive_logit = (query * positive).sum(1, keepdim=True) * inv_temperature
+    negative_logits = (query @ rows.T * inv_temperature).masked_fill(~allowed, -torch.inf)
+    lse = torch.logsumexp(torch.cat([positive_logit, negative_logits], dim=1), dim=1)
+    return lse - positive_logit[:, 0]
+
+
+def bank_update(
+    bank: Tensor, index: Tensor, keys: Tensor, momentum: float, filled: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The bank and `filled` after b_r <- normalise(m * b_r + (1 - m) * key_n) for each n in order.
+
+    r = index[n]; m is `momentum`, or 0 where `filled` is given and false at r.
+    """
+    bank, filled = bank.clone(), None if filled is None else filled.clone()
+    for row, key in zip(index.tolist(), keys, strict=True):
+        m = momentum if filled is None or filled[row] else 0.0
+        mixed = (1 - m) * key + (m * bank[row].to(key.dtype) if m else 0)
+        bank[row] = F.normalize(mixed, dim=0).to(bank.dtype)
+        if filled is not None:
+            filled[row] = True
+    return bank, filled

@@ -1,0 +1,366 @@
+"""masked_pool: L hidden states (B, T, H) and one mask (B, T) -> (B, L*H), all layers in one launch.
+
+A program owns BLOCK_H columns of one row of one layer and walks over its tokens; a table of L
+pointers in device memory says where the layers are, so that they are neither stacked nor copied.
+Tokens that are masked are not loaded. The launchers allocate the results; kernels allocate nothing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from codir_fast.kernels import tiles
+
+MODES = ("mean", "max", "first", "last")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK: tl.constexpr):
+    """Which of the tokens t of one row are real; mask_ptr points to the row."""
+    real = t < T
+    if HAS_MASK:
+        real = tl.load(mask_ptr + t.to(tl.int64) * stride_mt, mask=real, other=0) != 0
+    return real
+
+
+@triton.jit
+def _count_tokens(mask_ptr, T, stride_mt, HAS_MASK: tl.constexpr, BLOCK_SCAN: tl.constexpr):
+    count = tl.zeros((BLOCK_SCAN,), tl.int32)
+    for t0 in range(0, T, BLOCK_SCAN):
+        t = t0 + tl.arange(0, BLOCK_SCAN)
+        count += _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK).to(tl.int32)
+    return tl.sum(count)
+
+
+@triton.jit
+def _find_token(
+    mask_ptr, T, stride_mt, MODE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_SCAN: tl.constexpr
+):
+    """Position of the first or last real token; -1 where there is none."""
+    found = tl.full((BLOCK_SCAN,), -1, tl.int32)
+    for t0 in range(0, T, BLOCK_SCAN):
+        t = t0 + tl.arange(0, BLOCK_SCAN)
+        real = _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)
+        if MODE == "first":
+            found = tl.where(real & (found < 0), t, found)
+        else:
+            found = tl.where(real, t, found)
+    if MODE == "first":
+        nearest = tl.min(tl.where(found < 0, T, found))
+        return tl.where(nearest < T, nearest, -1)
+    return tl.max(found)
+
+
+@triton.jit
+def _mean(
+    state_ptrs,
+    inside,
+    mask_ptr,
+    T,
+    stride_t,
+    stride_mt,
+    ACC: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    # One sum per slot of the tile: no exchange between threads before the end, and sums of long
+    # texts lose no digits.
+    total = tl.zeros((BLOCK_T, BLOCK_H), ACC)
+    count = tl.zeros((BLOCK_T,), tl.int32)
+    for t0 in range(0, T, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        real = _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)
+        rows = state_ptrs[None, :] + t.to(tl.int64)[:, None] * stride_t
+        total += tl.load(rows, mask=real[:, None] & inside[None, :], other=0.0).to(ACC)
+        count += real.to(tl.int32)
+    return tl.sum(total, 0) / tl.maximum(tl.sum(count), 1).to(ACC)
+
+
+@triton.jit
+def _max(
+    state_ptrs,
+    inside,
+    mask_ptr,
+    T,
+    stride_t,
+    stride_mt,
+    ACC: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Maximum and its first position, 0 and -1 where no token is real. The first NaN beats all."""
+    NONE: tl.constexpr = 2147483647
+    best = tl.full((BLOCK_T, BLOCK_H), -float("inf"), ACC)
+    token = tl.full((BLOCK_T, BLOCK_H), NONE, tl.int32)
+    for t0 in range(0, T, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        real = _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)
+        rows = state_ptrs[None, :] + t.to(tl.int64)[:, None] * stride_t
+        value = tl.load(rows, mask=real[:, None] & inside[None, :], other=0.0).to(ACC)
+        # token == NONE: a maximum of -inf has a position too.
+        above = (value > best) | ((value != value) & (best == best)) | (token == NONE)
+        better = real[:, None] & above
+        best = tl.where(better, value, best)
+        token = tl.where(better, t[:, None], token)
+    is_nan = best != best
+    has_nan = tl.max(is_nan.to(tl.int32), 0) != 0
+    largest = tl.max(tl.where(is_nan, -float("inf"), best), 0)
+    wins = tl.where(has_nan[None, :], is_nan, best == largest[None, :])
+    first = tl.min(tl.where(wins, token, NONE), 0)
+    largest = tl.where(has_nan, float("nan"), largest)
+    return tl.where(first == NONE, 0.0, largest), tl.where(first == NONE, -1, first)
+
+
+@triton.jit(do_not_specialize=["T"])
+def masked_pool_kernel(
+    pooled_ptr,
+    argmax_ptr,
+    layer_ptrs,
+    mask_ptr,
+    T,
+    H,
+    stride_b,
+    stride_t,
+    stride_mb,
+    stride_mt,
+    MODE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_SCAN: tl.constexpr,
+):
+    """Grid (B * blocks of H, L)."""
+    DTYPE: tl.constexpr = pooled_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    num_blocks = tl.cdiv(H, BLOCK_H)
+    b = (tl.program_id(0) // num_blocks).to(tl.int64)
+    h = (tl.program_id(0) % num_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = h < H
+    layer = tl.program_id(1)
+    states_ptr = tl.load(layer_ptrs + layer).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        states_ptr = tl.multiple_of(states_ptr, 16)
+    state_ptrs = states_ptr + b * stride_b + h
+    if HAS_MASK:
+        mask_ptr += b * stride_mb
+    out = (b * tl.num_programs(1) + layer) * H + h
+    if MODE == "mean":
+        value = _mean(
+            state_ptrs, inside, mask_ptr, T, stride_t, stride_mt, ACC, HAS_MASK, BLOCK_T, BLOCK_H
+        )
+    elif MODE == "max":
+        value, token = _max(
+            state_ptrs, inside, mask_ptr, T, stride_t, stride_mt, ACC, HAS_MASK, BLOCK_T, BLOCK_H
+        )
+        tl.store(argmax_ptr + out, token.to(tl.int64), mask=inside)
+    else:
+        token = _find_token(mask_ptr, T, stride_mt, MODE, HAS_MASK, BLOCK_SCAN)
+        row = state_ptrs + token.to(tl.int64) * stride_t
+        value = tl.load(row, mask=inside & (token >= 0), other=0.0)
+    tl.store(pooled_ptr + out, value.to(DTYPE), mask=inside)
+
+
+@triton.jit(do_not_specialize=["T"])
+def masked_pool_backward_kernel(
+    dhidden_ptr,
+    grad_ptr,
+    mask_ptr,
+    argmax_ptr,
+    T,
+    H,
+    stride_mb,
+    stride_mt,
+    MODE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_SCAN: tl.constexpr,
+):
+    """Grid (B * blocks of H, L). Every element of dhidden (L, B, T, H) is written."""
+    DTYPE: tl.constexpr = dhidden_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    num_blocks = tl.cdiv(H, BLOCK_H)
+    num_rows = tl.num_programs(0) // num_blocks
+    b = (tl.program_id(0) // num_blocks).to(tl.int64)
+    h = (tl.program_id(0) % num_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = h < H
+    layer = tl.program_id(1)
+    if HAS_MASK:
+        mask_ptr += b * stride_mb
+    column = (b * tl.num_programs(1) + layer) * H + h
+    share = tl.load(grad_ptr + column, mask=inside, other=0.0)
+    if MODE == "mean":
+        count = _count_tokens(mask_ptr, T, stride_mt, HAS_MASK, BLOCK_SCAN)
+        share = (share.to(ACC) / tl.maximum(count, 1).to(ACC)).to(DTYPE)
+    elif MODE == "max":
+        token = tl.load(argmax_ptr + column, mask=inside, other=-1)
+    else:
+        token = _find_token(mask_ptr, T, stride_mt, MODE, HAS_MASK, BLOCK_SCAN)
+    out = dhidden_ptr + (layer.to(tl.int64) * num_rows + b) * T * H + h
+    for t0 in range(0, T, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        if MODE == "mean":
+            chosen = _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)[:, None]
+        elif MODE == "max":
+            chosen = t[:, None] == token[None, :]
+        else:
+            chosen = (t == token)[:, None]
+        value = tl.where(chosen, share[None, :], 0.0).to(DTYPE)
+        rows = out[None, :] + t.to(tl.int64)[:, None] * H
+        tl.store(rows, value, mask=(t < T)[:, None] & inside[None, :])
+
+
+def masked_pool(
+    hidden_states: list[Tensor], attention_mask: Tensor | None, mode: str
+) -> tuple[Tensor, Tensor]:
+    """Pools every layer over its real tokens.
+
+    Args:
+        hidden_states: L tensors (B, T, H) of one shape, dtype and device; float32, float64,
+            bfloat16 or float16; any strides, read in place where H is dense and all have the same.
+        attention_mask: (B, T) bool or int64, not zero at real tokens; None: all are real.
+        mode: "mean", "max", "first" or "last".
+
+    Returns:
+        pooled (B, L*H) in the dtype of the layers, column l*H + h; 0 in a row without a real token.
+        argmax (B, L*H) int64: the token of each maximum, -1 in a row without one; (0,) unless
+        `mode` is "max".
+    """
+    _check_layers(hidden_states)
+    first = hidden_states[0]
+    B, T, H = first.shape
+    L = len(hidden_states)
+    mask = _check_mask(attention_mask, (B, T), first.device)
+    _check_mode(mode)
+    pooled = first.new_empty(B, L * H)
+    argmax = first.new_empty(pooled.shape if mode == "max" else (0,), dtype=torch.int64)
+    if pooled.numel() == 0:
+        return pooled, argmax
+    layers = _with_same_strides(hidden_states)
+    tile = tiles.choose(tiles.MASKED_POOL, first.device)[first.dtype]
+    with torch.cuda.device_of(first):
+        masked_pool_kernel[(B * triton.cdiv(H, tile.BLOCK_H), L)](
+            pooled,
+            argmax,
+            _pointer_table(layers),
+            mask,
+            T,
+            H,
+            *layers[0].stride()[:2],
+            *((0, 0) if mask is None else mask.stride()),
+            MODE=mode,
+            HAS_MASK=mask is not None,
+            ALIGNED=all(layer.data_ptr() % 16 == 0 for layer in layers),
+            **tile._asdict(),
+        )
+    return pooled, argmax
+
+
+def masked_pool_backward(
+    grad: Tensor,
+    attention_mask: Tensor | None,
+    argmax: Tensor,
+    num_layers: int,
+    num_tokens: int,
+    mode: str,
+) -> Tensor:
+    """Gradient of every layer, (L, B, T, H) in the dtype of `grad`.
+
+    Args:
+        grad: (B, L*H), the gradient of `pooled`.
+        attention_mask, mode: as given to masked_pool.
+        argmax: as masked_pool returned it.
+        num_layers, num_tokens: L and T.
+    """
+    B, H = _check_grad(grad, num_layers)
+    mask = _check_mask(attention_mask, (B, num_tokens), grad.device)
+    _check_mode(mode)
+    if mode == "max" and (argmax.shape != grad.shape or argmax.dtype != torch.int64):
+        raise ValueError(
+            f"`argmax` must be int64 of shape {tuple(grad.shape)}, "
+            f"got {argmax.dtype} {tuple(argmax.shape)}"
+        )
+    dhidden = grad.new_empty(num_layers, B, num_tokens, H)
+    if dhidden.numel() == 0:
+        return dhidden
+    tile = tiles.choose(tiles.MASKED_POOL, grad.device)[grad.dtype]
+    with torch.cuda.device_of(grad):
+        masked_pool_backward_kernel[(B * triton.cdiv(H, tile.BLOCK_H), num_layers)](
+            dhidden,
+            grad.contiguous(),
+            mask,
+            argmax.contiguous(),
+            num_tokens,
+            H,
+            *((0, 0) if mask is None else mask.stride()),
+            MODE=mode,
+            HAS_MASK=mask is not None,
+            **tile._asdict(),
+        )
+    return dhidden
+
+
+def _pointer_table(layers: list[Tensor]) -> Tensor:
+    """Addresses of the layers, (L,) int64 on their device; the host does not wait for the copy."""
+    device = layers[0].device
+    addresses = [layer.data_ptr() for layer in layers]
+    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
+
+
+def _with_same_strides(layers: list[Tensor]) -> list[Tensor]:
+    layers = [layer if layer.stride(2) == 1 else layer.contiguous() for layer in layers]
+    if any(layer.stride() != layers[0].stride() for layer in layers):
+        layers = [layer.contiguous() for layer in layers]
+    return layers
+
+
+def _check_layers(layers: list[Tensor]) -> None:
+    if not layers:
+        raise ValueError("`hidden_states` must hold at least one tensor, got none")
+    first = layers[0]
+    if first.ndim != 3 or first.dtype not in DTYPES:
+        raise ValueError(
+            "`hidden_states` must be float32, float64, bfloat16 or float16 of shape (B, T, H), "
+            f"got {first.dtype} {tuple(first.shape)}"
+        )
+    for layer in layers:
+        same = layer.shape == first.shape and layer.dtype == first.dtype
+        if not same or layer.device != first.device:
+            raise ValueError(
+                "`hidden_states` must share one shape, dtype and device, got "
+                f"{tuple(first.shape)} {first.dtype} {first.device} and "
+                f"{tuple(layer.shape)} {layer.dtype} {layer.device}"
+            )
+
+
+def _check_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """The mask as the kernels read it: a bool is a byte."""
+    if mask is None:
+        return None
+    if mask.shape != shape or mask.device != device or mask.dtype not in (torch.bool, torch.int64):
+        raise ValueError(
+            f"`attention_mask` must be bool or int64 of shape {shape} on {device}, "
+            f"got {mask.dtype} {tuple(mask.shape)} on {mask.device}"
+        )
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}")
+
+
+def _check_grad(grad: Tensor, num_layers: int) -> tuple[int, int]:
+    """B and H."""
+    if grad.ndim != 2 or grad.dtype not in DTYPES or num_layers < 1 or grad.shape[1] % num_layers:
+        raise ValueError(
+            f"`grad` must be floating of shape (B, {num_layers} * H), "
+            f"got {grad.dtype} {tuple(grad.shape)}"
+        )
+    return grad.shape[0], grad.shape[1] // num_layers
