@@ -3,7 +3,6 @@ bank_contrast.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +12,20 @@ from codir_fast.checks import (
     check_choice,
     check_device,
     check_float_dtype,
-    check_index,
-    check_integers,
-    check_same_dtype,
     check_tensor,
 )
-from codir_fast.memory_bank import IndexedBank, MemoryQueue
+from codir_fast.negatives import (
+    EPS,
+    Negatives,
+    check_input_dtype,
+    choose_exclusion,
+    choose_labels,
+    choose_negatives,
+)
 from codir_fast.ops.bank_contrast import bank_contrast
 
 OBJECTIVES = ("infonce", "nce")
 REDUCTIONS = ("none", "mean", "sum")
-_EPS = 1e-12  # of F.normalize
-
-Negatives = Tensor | MemoryQueue | IndexedBank | None
 
 
 def contrastive_loss(
@@ -101,9 +101,9 @@ def contrastive_loss(
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, p = query.to(compute), positive_key.to(compute)
     if normalize:
-        q, p = F.normalize(q, dim=1, eps=_EPS), F.normalize(p, dim=1, eps=_EPS)
-    negatives = _choose_negatives(query, p, negative_keys, normalize)
-    own_labels, bank_labels = _choose_labels(query, negatives, labels, negative_labels)
+        q, p = F.normalize(q, dim=1, eps=EPS), F.normalize(p, dim=1, eps=EPS)
+    negatives = choose_negatives(query, p, negative_keys, normalize)
+    own_labels, bank_labels = choose_labels(query, negatives, labels, negative_labels)
     loss = bank_contrast(
         q.contiguous(),
         p.contiguous(),
@@ -112,7 +112,7 @@ def contrastive_loss(
         negatives.scale,
         own_labels,
         bank_labels,
-        _choose_exclusion(query, negatives, exclude_index),
+        choose_exclusion(query, negatives, exclude_index),
         negatives.valid,
         backend=backend,
     )
@@ -136,18 +136,6 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"`temperature` must be positive and finite, got {temperature}")
 
 
-@dataclass
-class _Negatives:
-    """The negatives as bank_contrast takes them; `source` says where they come from, for labels and
-    exclusion.
-    """
-
-    rows: Tensor
-    scale: Tensor | None = None
-    valid: Tensor | None = None
-    source: Negatives = None
-
-
 def _check_pair(query: Tensor, positive_key: Tensor) -> None:
     for name, value in (("query", query), ("positive_key", positive_key)):
         check_tensor(name, value)
@@ -161,14 +149,7 @@ def _check_pair(query: Tensor, positive_key: Tensor) -> None:
             f"got {tuple(positive_key.shape)}"
         )
     check_device("positive_key", positive_key, query.device, "`query`")
-    _check_dtype("positive_key", positive_key, query)
-
-
-def _check_dtype(name: str, value: Tensor, query: Tensor) -> None:
-    # Under autocast one input may come out of a matrix product in half precision and another out of
-    # a float32 buffer.
-    if not torch.is_autocast_enabled(query.device.type):
-        check_same_dtype(name, value, query.dtype, "`query`")
+    check_input_dtype("positive_key", positive_key, query)
 
 
 def _inverse(temperature: float | Tensor) -> Tensor:
@@ -182,108 +163,6 @@ def _inverse(temperature: float | Tensor) -> Tensor:
         check_temperature(temperature.item())
     wide = torch.float64 if temperature.dtype == torch.float64 else torch.float32
     return temperature.to(wide).reciprocal()
-
-
-def _choose_negatives(
-    query: Tensor, positive: Tensor, negative_keys: Negatives, normalize: bool
-) -> _Negatives:
-    if negative_keys is None:
-        return _Negatives(positive.contiguous())
-    if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
-        _check_bank(query, negative_keys)
-        valid = None if negative_keys.is_full else negative_keys.valid
-        return _Negatives(negative_keys.rows, valid=valid, source=negative_keys)
-    _check_explicit(query, negative_keys)
-    if not normalize:
-        return _Negatives(negative_keys.contiguous(), source=negative_keys)
-    wide = positive.dtype
-    if negative_keys.requires_grad and torch.is_grad_enabled():
-        rows = F.normalize(negative_keys.to(wide), dim=1, eps=_EPS)
-        return _Negatives(rows.contiguous(), source=negative_keys)
-    # Without gradient the kernel scales the rows as it reads them, and no normalised copy is made.
-    with torch.no_grad():
-        scale = torch.linalg.vector_norm(negative_keys, dim=1, dtype=wide)
-        scale.clamp_min_(_EPS).reciprocal_()
-    return _Negatives(negative_keys.contiguous(), scale=scale, source=negative_keys)
-
-
-def _check_bank(query: Tensor, bank: MemoryQueue | IndexedBank) -> None:
-    if bank.dim != query.shape[1]:
-        raise ValueError(
-            f"`negative_keys` must be a bank of dim D={query.shape[1]} as `query`, got {bank.dim}"
-        )
-    check_device("negative_keys", bank.rows, query.device, "`query`")
-    if bank.rows.dtype == torch.float64 and query.dtype != torch.float64:
-        raise ValueError("`negative_keys` is a float64 bank, which needs a float64 `query`")
-
-
-def _check_explicit(query: Tensor, negative_keys: Tensor) -> None:
-    if not isinstance(negative_keys, Tensor):
-        raise TypeError(
-            "`negative_keys` must be None, a Tensor, a MemoryQueue or an IndexedBank, "
-            f"got {type(negative_keys).__name__}"
-        )
-    if negative_keys.ndim == 3:
-        raise NotImplementedError("`negative_keys` (B, M, D), one set per query, is not built yet")
-    D = query.shape[1]
-    if negative_keys.ndim != 2 or negative_keys.shape[1] != D:
-        raise ValueError(
-            f"`negative_keys` must have shape (K, D) with D={D} as `query`, "
-            f"got {tuple(negative_keys.shape)}"
-        )
-    if negative_keys.shape[0] == 0:
-        raise ValueError(
-            f"`negative_keys` must have at least one row, got {tuple(negative_keys.shape)}"
-        )
-    check_float_dtype("negative_keys", negative_keys.dtype)
-    check_device("negative_keys", negative_keys, query.device, "`query`")
-    _check_dtype("negative_keys", negative_keys, query)
-
-
-def _choose_labels(
-    query: Tensor, negatives: _Negatives, labels: Tensor | None, negative_labels: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    source, explicit = negatives.source, isinstance(negatives.source, Tensor)
-    if negative_labels is not None and not explicit:
-        raise ValueError("`negative_labels` needs `negative_keys` given as a (K, D) tensor")
-    if labels is None:
-        if negative_labels is not None:
-            raise ValueError("`negative_labels` needs `labels`, got None")
-        return None, None
-    labels = _as_int64("labels", labels, query, "B", query.shape[0])
-    if explicit:
-        if negative_labels is None:
-            raise ValueError("`labels` with a (K, D) `negative_keys` needs `negative_labels`")
-        K = negatives.rows.shape[0]
-        return labels, _as_int64("negative_labels", negative_labels, query, "K", K)
-    if isinstance(source, (MemoryQueue, IndexedBank)):
-        if source.row_labels is None:
-            raise ValueError("`labels` needs a bank that has labels; `negative_keys` has none")
-        return labels, source.row_labels
-    return labels, labels
-
-
-def _choose_exclusion(
-    query: Tensor, negatives: _Negatives, exclude_index: Tensor | None
-) -> Tensor | None:
-    B, K = query.shape[0], negatives.rows.shape[0]
-    if negatives.source is None:
-        if exclude_index is not None:
-            raise ValueError(
-                "`exclude_index` needs `negative_keys`: in-batch each query's own key is left out"
-            )
-        return torch.arange(B, device=query.device)
-    if exclude_index is None:
-        return None
-    exclude_index = _as_int64("exclude_index", exclude_index, query, "B", B)
-    check_index("exclude_index", exclude_index, -1, K)
-    return exclude_index
-
-
-def _as_int64(name: str, value: Tensor, query: Tensor, letter: str, length: int) -> Tensor:
-    check_integers(name, value, f"({letter},) with {letter}={length}", length)
-    check_device(name, value, query.device, "`query`")
-    return value.to(torch.int64).contiguous()
 
 
 def _reduce(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

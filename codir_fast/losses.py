@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from codir_fast.backend import NAMES as BACKENDS
 from codir_fast.checks import check_choice
-from codir_fast.functional import Negatives, check_options, check_temperature, contrastive_loss
+from codir_fast.functional import check_options, check_temperature, contrastive_loss
+from codir_fast.negatives import Negatives
 
 _MIN_LOG_INV, _MAX_LOG_INV = math.log(0.01), math.log(100)
 _MARGIN_ARGUMENTS = ("margin", "pos_margin", "neg_margin")

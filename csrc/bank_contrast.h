@@ -1,8 +1,9 @@
-// bank_contrast: InfoNCE of B queries against all K rows of a bank, loss and gradients in one pass over the bank.
+// bank_contrast: InfoNCE of B queries against all K rows of a bank, loss and gradients in one pass
+// over the bank.
 //   s_ij = <q_i, b_j> / t over the allowed rows A_i,  s_i+ = <q_i, p_i> / t,
 //   lse_i = log(e^{s_i+} + sum_j e^{s_ij}),  loss_i = lse_i - s_i+.
-// Nothing of size B x K exists: only partial sums of size B x D per thread group. All memory is the caller's, except
-// scratch space that a call allocates and frees. Arrays are dense and row-major.
+// Nothing of size B x K exists: only partial sums of size B x D per thread group. All memory is the
+// caller's, except scratch space that a call allocates and frees. Arrays are dense and row-major.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,9 @@
 
 namespace codir_fast {
 
-// Null means: not given. Row j of the bank counts as bank_scale[j] * bank[j]. It is a negative of query i when valid[j],
-// bank_labels[j] != labels[i] and j != exclude_index[i]; the contents of a row that is not valid are never used.
+// Null means: not given. Row j of the bank counts as bank_scale[j] * bank[j]. It is a negative of
+// query i when valid[j], bank_labels[j] != labels[i] and j != exclude_index[i]; the contents of a
+// row that is not valid are never used.
 struct BankContrastInputs {
   const void* query;       // (B, D) of dtype
   const void* bank;        // (K, D) of bank_dtype
@@ -28,7 +30,8 @@ struct BankContrastInputs {
   double inv_temperature;
 };
 
-// Per query: loss, lse and d loss / d(1/t), (B,); d loss / d query and d loss / d positive, (B, D). All of dtype.
+// Per query: loss, lse and d loss / d(1/t), (B,); d loss / d query and d loss / d positive, (B, D).
+// All of dtype.
 struct BankContrastOutputs {
   void* loss;
   void* lse;
@@ -37,13 +40,16 @@ struct BankContrastOutputs {
   void* dinv_temperature;
 };
 
-// An empty A_i gives loss 0 and zero gradients. Results depend on the number of threads, not on their timing.
-Status bank_contrast_cpu(const BankContrastOutputs& outputs, const void* positive, const BankContrastInputs& inputs,
-                         const Executor& executor, Isa isa = active_isa());
+// An empty A_i gives loss 0 and zero gradients. Results depend on the number of threads, not on
+// their timing.
+Status bank_contrast_cpu(const BankContrastOutputs& outputs, const void* positive,
+                         const BankContrastInputs& inputs, const Executor& executor,
+                         Isa isa = active_isa());
 
-// dbank (K, D) of bank_dtype: dbank_j = bank_scale_j * sum_i grad_loss_i * e^{s_ij - lse_i} * q_i / t over the i with
-// j in A_i. grad_loss and lse (B,) of dtype.
-Status bank_contrast_backward_cpu(void* dbank, const void* grad_loss, const void* lse, const BankContrastInputs& inputs,
-                                  const Executor& executor, Isa isa = active_isa());
+// dbank (K, D) of bank_dtype: dbank_j = bank_scale_j * sum_i grad_loss_i * e^{s_ij - lse_i} * q_i /
+// t over the i with j in A_i. grad_loss and lse (B,) of dtype.
+Status bank_contrast_backward_cpu(void* dbank, const void* grad_loss, const void* lse,
+                                  const BankContrastInputs& inputs, const Executor& executor,
+                                  Isa isa = active_isa());
 
 }  // namespace codir_fast

@@ -1,7 +1,6 @@
-// bank_contrast on the CPU: packs the queries, spreads tiles and bank rows over threads, adds the partial sums in a fixed
-// order and finishes positives, loss and gradients in double. The pass itself is bank_contrast_cpu_impl.cpp.
-#include "bank_contrast.h"
-
+// bank_contrast on the CPU: packs the queries, spreads tiles and bank rows over threads, adds the
+// partial sums in a fixed order and finishes positives, loss and gradients in double. The pass
+// itself is bank_contrast_cpu_impl.cpp.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -9,6 +8,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "bank_contrast.h"
 #include "bank_contrast_cpu_impl.h"
 #include "storage.h"
 
@@ -20,17 +20,23 @@ const BankKernels<C>& kernels(Isa isa) {
   constexpr bool is_float = std::is_same_v<C, float>;
 #if CODIR_FAST_X86_DISPATCH
   if (isa == Isa::kAvx512) {
-    if constexpr (is_float) return avx512::kBankKernelsFloat;
-    else return avx512::kBankKernelsDouble;
+    if constexpr (is_float)
+      return avx512::kBankKernelsFloat;
+    else
+      return avx512::kBankKernelsDouble;
   }
   if (isa == Isa::kAvx2) {
-    if constexpr (is_float) return avx2::kBankKernelsFloat;
-    else return avx2::kBankKernelsDouble;
+    if constexpr (is_float)
+      return avx2::kBankKernelsFloat;
+    else
+      return avx2::kBankKernelsDouble;
   }
 #endif
   static_cast<void>(isa);
-  if constexpr (is_float) return baseline::kBankKernelsFloat;
-  else return baseline::kBankKernelsDouble;
+  if constexpr (is_float)
+    return baseline::kBankKernelsFloat;
+  else
+    return baseline::kBankKernelsDouble;
 }
 
 struct Free {
@@ -72,8 +78,9 @@ Buffer<C> pack_queries(const C* query, std::int64_t B, std::int64_t D, const Til
   return packed;
 }
 
-// Work is a grid: groups of tiles times ranges of bank rows. Tiles are preferred, since ranges of rows cost partial sums;
-// but threads must not wait for one another. More than one range never outnumbers the rows.
+// Work is a grid: groups of tiles times ranges of bank rows. Tiles are preferred, since ranges of
+// rows cost partial sums; but threads must not wait for one another. More than one range never
+// outnumbers the rows.
 struct Grid {
   std::int64_t tile_groups, row_ranges;
 };
@@ -85,7 +92,8 @@ Grid split(std::int64_t tiles, std::int64_t K, std::int64_t num_threads) {
   Grid best{1, 1};
   std::int64_t best_work = std::numeric_limits<std::int64_t>::max();
   for (std::int64_t groups = std::min(tiles, num_threads); groups >= 1; --groups) {
-    const std::int64_t ranges = std::max<std::int64_t>(1, std::min(num_threads / groups, K / kMinRows));
+    const std::int64_t ranges =
+        std::max<std::int64_t>(1, std::min(num_threads / groups, K / kMinRows));
     const std::int64_t work = ceil_div(tiles, groups) * ceil_div(K, ranges);
     if (work < best_work) {
       best = {groups, ranges};
@@ -110,11 +118,11 @@ struct PartialSums {
   bool allocated() const { return shift && weighted_rows && total; }
 };
 
-// Adds the partial sums of query i over the ranges of rows, in their order: log of the sum of e^s, and the mean of the
-// rows under softmax, (D,). -inf and 0 where no row is allowed.
+// Adds the partial sums of query i over the ranges of rows, in their order: log of the sum of e^s,
+// and the mean of the rows under softmax, (D,). -inf and 0 where no row is allowed.
 template <typename C>
-double add_ranges(double* mean_row, const PartialSums<C>& sums, const Tiling& tiling, std::int64_t D,
-                  std::int64_t row_ranges, std::int64_t i) {
+double add_ranges(double* mean_row, const PartialSums<C>& sums, const Tiling& tiling,
+                  std::int64_t D, std::int64_t row_ranges, std::int64_t i) {
   double shift = -std::numeric_limits<double>::infinity();
   for (std::int64_t range = 0; range < row_ranges; ++range) {
     shift = std::max(shift, static_cast<double>(sums.shift[range * tiling.size() + i]));
@@ -124,24 +132,30 @@ double add_ranges(double* mean_row, const PartialSums<C>& sums, const Tiling& ti
   for (std::int64_t range = 0; range < row_ranges; ++range) {
     const std::int64_t at = range * tiling.size() + i;
     if (sums.shift[at] == -std::numeric_limits<C>::infinity() && sums.total[at] == 0) continue;
-    const double factor = std::isinf(shift) ? 1.0 : std::exp(static_cast<double>(sums.shift[at]) - shift);
-    const C* rows = sums.weighted_rows.get() + (range * tiling.tiles + i / tiling.lanes) * D * tiling.lanes;
-    for (std::int64_t d = 0; d < D; ++d) mean_row[d] += factor * rows[d * tiling.lanes + i % tiling.lanes];
+    const double factor =
+        std::isinf(shift) ? 1.0 : std::exp(static_cast<double>(sums.shift[at]) - shift);
+    const C* rows =
+        sums.weighted_rows.get() + (range * tiling.tiles + i / tiling.lanes) * D * tiling.lanes;
+    for (std::int64_t d = 0; d < D; ++d)
+      mean_row[d] += factor * rows[d * tiling.lanes + i % tiling.lanes];
     total += factor * sums.total[at];
   }
   for (std::int64_t d = 0; d < D && total != 0; ++d) mean_row[d] /= total;
-  return total == 0 ? -std::numeric_limits<double>::infinity() : (std::isinf(shift) ? 0.0 : shift) + std::log(total);
+  return total == 0 ? -std::numeric_limits<double>::infinity()
+                    : (std::isinf(shift) ? 0.0 : shift) + std::log(total);
 }
 
 template <typename C>
-void finish_query(const BankContrastOutputs& outputs, const C* q, const C* p, const double* mean_row, double log_sum,
-                  std::int64_t i, std::int64_t D, double inv_temperature) {
+void finish_query(const BankContrastOutputs& outputs, const C* q, const C* p,
+                  const double* mean_row, double log_sum, std::int64_t i, std::int64_t D,
+                  double inv_temperature) {
   double positive = 0, mean_logit = 0;
   for (std::int64_t d = 0; d < D; ++d) {
     positive += static_cast<double>(q[d]) * p[d];
     mean_logit += static_cast<double>(q[d]) * mean_row[d];
   }
-  // With gap = log(sum over negatives / e^{s+}): loss = log(1 + e^gap), negatives' share of the softmax 1/(1 + e^-gap).
+  // With gap = log(sum over negatives / e^{s+}): loss = log(1 + e^gap), negatives' share of the
+  // softmax 1/(1 + e^-gap).
   const double gap = log_sum - positive * inv_temperature;
   const double e = std::exp(-std::abs(gap));
   const double loss = std::max(gap, 0.0) + std::log1p(e);
@@ -165,7 +179,8 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
   const Tiling tiling = tile(kernel, in.B);
   const Grid grid = split(tiling.tiles, in.K, executor.num_threads);
   const std::int64_t tasks = grid.tile_groups * grid.row_ranges;
-  const std::int64_t scratch_size = kernel.scratch_size(tiling.lanes, in.D, ceil_div(tiling.tiles, grid.tile_groups));
+  const std::int64_t scratch_size =
+      kernel.scratch_size(tiling.lanes, in.D, ceil_div(tiling.tiles, grid.tile_groups));
 
   const Buffer<C> packed = pack_queries(query, in.B, in.D, tiling);
   const Buffer<C> scratch = allocate<C>(tasks * scratch_size);
@@ -181,7 +196,8 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
       const Range tiles = share(tiling.tiles, grid.tile_groups, n % grid.tile_groups);
       const Range rows = share(in.K, grid.row_ranges, range);
       const std::int64_t first = (range * tiling.tiles + tiles.begin) * tiling.lanes;
-      kernel.scan({sums.shift.get() + first, sums.total.get() + first, sums.weighted_rows.get() + first * in.D},
+      kernel.scan({sums.shift.get() + first, sums.total.get() + first,
+                   sums.weighted_rows.get() + first * in.D},
                   {packed.get(), &in, tiling.lanes, tiles.begin, tiles.end, rows.begin, rows.end,
                    scratch.get() + n * scratch_size});
     }
@@ -192,7 +208,8 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
       const Range queries = share(in.B, executor.num_threads, thread);
       for (std::int64_t i = queries.begin; i < queries.end; ++i) {
         const double log_sum = add_ranges(mean_row, sums, tiling, in.D, grid.row_ranges, i);
-        finish_query(outputs, query + i * in.D, positive + i * in.D, mean_row, log_sum, i, in.D, in.inv_temperature);
+        finish_query(outputs, query + i * in.D, positive + i * in.D, mean_row, log_sum, i, in.D,
+                     in.inv_temperature);
       }
     }
   });
@@ -200,8 +217,8 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
 }
 
 template <typename C>
-Status backward(void* dbank, const C* grad_loss, const C* lse, const BankContrastInputs& in, const Executor& executor,
-                Isa isa) {
+Status backward(void* dbank, const C* grad_loss, const C* lse, const BankContrastInputs& in,
+                const Executor& executor, Isa isa) {
   const BankKernels<C>& kernel = kernels<C>(isa);
   const C* query = static_cast<const C*>(in.query);
   const Tiling tiling = tile(kernel, in.B);
@@ -233,13 +250,14 @@ Status backward(void* dbank, const C* grad_loss, const C* lse, const BankContras
 
 bool supported(const BankContrastInputs& in) {
   const bool is_double = in.dtype == DType::kFloat64;
-  return (is_double || in.dtype == DType::kFloat32) && (is_double || in.bank_dtype != DType::kFloat64);
+  return (is_double || in.dtype == DType::kFloat32) &&
+         (is_double || in.bank_dtype != DType::kFloat64);
 }
 
 }  // namespace
 
-Status bank_contrast_cpu(const BankContrastOutputs& outputs, const void* positive, const BankContrastInputs& inputs,
-                         const Executor& executor, Isa isa) {
+Status bank_contrast_cpu(const BankContrastOutputs& outputs, const void* positive,
+                         const BankContrastInputs& inputs, const Executor& executor, Isa isa) {
   if (!supported(inputs)) return Status::kUnsupportedDType;
   if (inputs.B == 0) return Status::kOk;
   if (inputs.dtype == DType::kFloat64) {
@@ -248,15 +266,17 @@ Status bank_contrast_cpu(const BankContrastOutputs& outputs, const void* positiv
   return forward(outputs, static_cast<const float*>(positive), inputs, executor, isa);
 }
 
-Status bank_contrast_backward_cpu(void* dbank, const void* grad_loss, const void* lse, const BankContrastInputs& inputs,
-                                  const Executor& executor, Isa isa) {
+Status bank_contrast_backward_cpu(void* dbank, const void* grad_loss, const void* lse,
+                                  const BankContrastInputs& inputs, const Executor& executor,
+                                  Isa isa) {
   if (!supported(inputs)) return Status::kUnsupportedDType;
   if (inputs.K == 0) return Status::kOk;
   if (inputs.dtype == DType::kFloat64) {
-    return backward(dbank, static_cast<const double*>(grad_loss), static_cast<const double*>(lse), inputs, executor,
-                    isa);
+    return backward(dbank, static_cast<const double*>(grad_loss), static_cast<const double*>(lse),
+                    inputs, executor, isa);
   }
-  return backward(dbank, static_cast<const float*>(grad_loss), static_cast<const float*>(lse), inputs, executor, isa);
+  return backward(dbank, static_cast<const float*>(grad_loss), static_cast<const float*>(lse),
+                  inputs, executor, isa);
 }
 
 }  // namespace codir_fast

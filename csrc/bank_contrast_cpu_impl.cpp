@@ -1,8 +1,9 @@
 // The pass over the bank on the CPU, for one instruction set (CODIR_FAST_ISA_NAMESPACE).
-// The bank is cut into blocks of rows that stay in cache; per block and tile of queries: S^T = block x queries as it
-// lies (broadcast bank elements x query vectors), masks, P^T = e^(S^T - shift), then O^T += block^T x P^T.
-// Never materialised: logits beyond one block x tile. Sums are hierarchical (block, run of blocks, total), so that
-// neither l nor O stagnates on a bank whose rows are alike.
+// The bank is cut into blocks of rows that stay in cache; per block and tile of queries: S^T =
+// block x queries as it lies (broadcast bank elements x query vectors), masks, P^T = e^(S^T -
+// shift), then O^T += block^T x P^T. Never materialised: logits beyond one block x tile. Sums are
+// hierarchical (block, run of blocks, total), so that neither l nor O stagnates on a bank whose
+// rows are alike.
 #include "bank_contrast_cpu_impl.h"
 
 #include <limits>
@@ -14,7 +15,8 @@ namespace codir_fast {
 namespace CODIR_FAST_ISA_NAMESPACE {
 namespace {
 
-// Register tiles, rows x vectors, that leave room for the operands: of 32 registers with AVX-512, of 16 elsewhere.
+// Register tiles, rows x vectors, that leave room for the operands: of 32 registers with AVX-512,
+// of 16 elsewhere.
 #if defined(__AVX512F__)
 constexpr int kMaxTileVectors = 4;
 constexpr int tile_rows(int NV) { return NV == 4 ? 6 : 14; }
@@ -26,7 +28,7 @@ constexpr int kMaxTileRows = 14;
 
 constexpr std::int64_t kMaxBlockRows = 126, kMinBlockRows = 42;  // multiples of 6 and 14
 constexpr std::int64_t kBlockElements = 1 << 15;                 // of a block, within those bounds
-constexpr std::int64_t kDepth = 128;                             // a query's elements that stay in L1 meanwhile
+constexpr std::int64_t kDepth = 128;  // a query's elements that stay in L1 meanwhile
 constexpr std::int64_t kBlocksPerRun = 64;
 constexpr std::int64_t kMaxLanes = kMaxTileVectors * kVectorBytes / 4;
 // Weights may grow to e^kSlack before the shift follows the maximum, so that O is seldom rescaled.
@@ -45,12 +47,12 @@ std::int64_t padded_dim(std::int64_t D) {
   return (D + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
 }
 
-// out[r] (+)= sum over depth of rows[r][depth] * right[depth], MR rows of NV vectors. `ahead`, if not null, is memory
-// wanted soon: it is fetched into L2 a line per step, step_ahead bytes apart.
+// out[r] (+)= sum over depth of rows[r][depth] * right[depth], MR rows of NV vectors. `ahead`, if
+// not null, is memory wanted soon: it is fetched into L2 a line per step, step_ahead bytes apart.
 template <int MR, int NV, typename C>
 void row_product(C* out, std::int64_t ldo, const C* const* rows, const C* right, std::int64_t ldr,
-                 std::int64_t depth_begin, std::int64_t depth_end, bool accumulate, const char* ahead,
-                 std::int64_t step_ahead) {
+                 std::int64_t depth_begin, std::int64_t depth_end, bool accumulate,
+                 const char* ahead, std::int64_t step_ahead) {
   using V = Vec<C>;
   const C* row[MR];
   V sum[MR][NV];
@@ -58,7 +60,8 @@ void row_product(C* out, std::int64_t ldo, const C* const* rows, const C* right,
   for (int r = 0; r < MR; ++r) {
     row[r] = rows[r];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) sum[r][v] = accumulate ? load<V>(out + r * ldo + v * kLanes<C>) : V{};
+    for (int v = 0; v < NV; ++v)
+      sum[r][v] = accumulate ? load<V>(out + r * ldo + v * kLanes<C>) : V{};
   }
   for (std::int64_t depth = depth_begin; depth < depth_end; ++depth) {
     V b[NV];
@@ -80,8 +83,8 @@ void row_product(C* out, std::int64_t ldo, const C* const* rows, const C* right,
 
 // out[c] += sum over k of rows[k][c] * right[k], MR columns c of NV vectors.
 template <int MR, int NV, typename C>
-void column_product(C* out, std::int64_t ldo, const C* const* rows, std::int64_t column, std::int64_t num_rows,
-                    const C* right, std::int64_t ldr) {
+void column_product(C* out, std::int64_t ldo, const C* const* rows, std::int64_t column,
+                    std::int64_t num_rows, const C* right, std::int64_t ldr) {
   using V = Vec<C>;
   V sum[MR][NV];
 #pragma GCC unroll 16
@@ -110,7 +113,8 @@ void column_product(C* out, std::int64_t ldo, const C* const* rows, std::int64_t
   }
 }
 
-// A block of bank rows as the products want it: pointers, past the last row and at invalid rows to a row of zeros.
+// A block of bank rows as the products want it: pointers, past the last row and at invalid rows to
+// a row of zeros.
 template <typename C>
 struct Block {
   const C* rows[kMaxBlockRows + kMaxTileRows];
@@ -122,10 +126,11 @@ struct Block {
 // Scratch space of one task, as scratch_size counts it.
 template <typename C>
 struct Scratch {
-  C* logits;      // (kMaxBlockRows + kMaxTileRows, lanes)
-  C* zero_row;    // (D,)
-  C* converted;   // (kMaxBlockRows, D)
-  C* sums;        // forward: [tile][d][lane] of the run of blocks; backward: gradient of the block, padded_dim columns
+  C* logits;     // (kMaxBlockRows + kMaxTileRows, lanes)
+  C* zero_row;   // (D,)
+  C* converted;  // (kMaxBlockRows, D)
+  C* sums;       // forward: [tile][d][lane] of the run of blocks; backward: gradient of the block,
+                 // padded_dim columns
 
   Scratch(C* memory, std::int64_t lanes, std::int64_t D)
       : logits(memory),
@@ -136,13 +141,15 @@ struct Scratch {
 
 template <typename C>
 std::int64_t scratch_size(std::int64_t lanes, std::int64_t D, std::int64_t num_tiles) {
-  const std::int64_t forward = num_tiles * D * lanes, backward = (kMaxBlockRows + kMaxTileRows) * padded_dim<C>(D);
+  const std::int64_t forward = num_tiles * D * lanes,
+                     backward = (kMaxBlockRows + kMaxTileRows) * padded_dim<C>(D);
   return (kMaxBlockRows + kMaxTileRows) * lanes + (kMaxBlockRows + 1) * padded_dim<C>(D) +
          (forward > backward ? forward : backward);
 }
 
 template <typename C>
-void load_block(Block<C>& block, const Scratch<C>& scratch, const BankTask<C>& task, std::int64_t begin) {
+void load_block(Block<C>& block, const Scratch<C>& scratch, const BankTask<C>& task,
+                std::int64_t begin) {
   const BankContrastInputs& in = *task.inputs;
   const std::int64_t most = block_rows(in.D), left = task.row_end - begin;
   block.begin = begin;
@@ -165,11 +172,13 @@ void load_block(Block<C>& block, const Scratch<C>& scratch, const BankTask<C>& t
       }
     }
   });
-  for (std::int64_t k = block.size; k < block.size + kMaxTileRows; ++k) block.rows[k] = scratch.zero_row;
+  for (std::int64_t k = block.size; k < block.size + kMaxTileRows; ++k)
+    block.rows[k] = scratch.zero_row;
 }
 
 template <int NV, typename C>
-void mask_same_label(C* logits, const BankContrastInputs& in, std::int64_t query_begin, const Block<C>& block) {
+void mask_same_label(C* logits, const BankContrastInputs& in, std::int64_t query_begin,
+                     const Block<C>& block) {
   // Labels as two halves: vectors of the width of C compare all 64 bits.
   using Int = typename Simd<C>::Int;
   using IV = IntVec<C>;
@@ -180,19 +189,23 @@ void mask_same_label(C* logits, const BankContrastInputs& in, std::int64_t query
   }
   for (std::int64_t k = 0; k < block.size; ++k) {
     const std::int64_t label = in.bank_labels[block.begin + k];
-    const IV row_low = static_cast<Int>(label) - IV{}, row_high = static_cast<Int>(label >> 32) - IV{};
+    const IV row_low = static_cast<Int>(label) - IV{},
+             row_high = static_cast<Int>(label >> 32) - IV{};
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       C* at = logits + (k * NV + v) * kLanes<C>;
-      const auto same = (load<IV>(low + v * kLanes<C>) == row_low) & (load<IV>(high + v * kLanes<C>) == row_high);
+      const auto same =
+          (load<IV>(low + v * kLanes<C>) == row_low) & (load<IV>(high + v * kLanes<C>) == row_high);
       store(at, same ? splat(-kInfinity<C>) : load<Vec<C>>(at));
     }
   }
 }
 
-// S^T of the block with one tile of queries, -inf where a row is no negative of a query; (block.size, NV vectors).
+// S^T of the block with one tile of queries, -inf where a row is no negative of a query;
+// (block.size, NV vectors).
 template <int NV, typename C>
-void block_logits(C* logits, const BankTask<C>& task, std::int64_t tile, const Block<C>& block, bool fetch_next) {
+void block_logits(C* logits, const BankTask<C>& task, std::int64_t tile, const Block<C>& block,
+                  bool fetch_next) {
   constexpr int MR = tile_rows(NV);
   constexpr std::int64_t lanes = NV * kLanes<C>;
   const BankContrastInputs& in = *task.inputs;
@@ -200,9 +213,10 @@ void block_logits(C* logits, const BankTask<C>& task, std::int64_t tile, const B
   for (std::int64_t depth = 0; depth < in.D; depth += kDepth) {
     const std::int64_t depth_end = depth + kDepth < in.D ? depth + kDepth : in.D;
     for (std::int64_t k = 0; k < block.size; k += MR) {
-      const char* ahead = fetch_next && block.next ? block.next + k * in.D * block.bytes_per_element : nullptr;
-      row_product<MR, NV>(logits + k * lanes, lanes, block.rows + k, query, lanes, depth, depth_end, depth > 0, ahead,
-                          MR * block.bytes_per_element);
+      const char* ahead =
+          fetch_next && block.next ? block.next + k * in.D * block.bytes_per_element : nullptr;
+      row_product<MR, NV>(logits + k * lanes, lanes, block.rows + k, query, lanes, depth, depth_end,
+                          depth > 0, ahead, MR * block.bytes_per_element);
     }
   }
   for (std::int64_t k = 0; k < block.size; ++k) {
@@ -217,16 +231,18 @@ void block_logits(C* logits, const BankTask<C>& task, std::int64_t tile, const B
     }
   }
   if (in.labels != nullptr) mask_same_label<NV>(logits, in, tile * lanes, block);
-  for (std::int64_t lane = 0; in.exclude_index != nullptr && lane < lanes && tile * lanes + lane < in.B; ++lane) {
+  for (std::int64_t lane = 0;
+       in.exclude_index != nullptr && lane < lanes && tile * lanes + lane < in.B; ++lane) {
     const std::int64_t k = in.exclude_index[tile * lanes + lane] - block.begin;
     if (k >= 0 && k < block.size) logits[k * lanes + lane] = -kInfinity<C>;
   }
 }
 
-// Brings the shift up to the block's maximum where that exceeds it by more than kSlack, and the sums with it.
+// Brings the shift up to the block's maximum where that exceeds it by more than kSlack, and the
+// sums with it.
 template <int NV, typename C>
-void follow_maximum(const C* logits, std::int64_t num_rows, C* shift, double* total, C* sums, C* weighted_rows,
-                    std::int64_t D) {
+void follow_maximum(const C* logits, std::int64_t num_rows, C* shift, double* total, C* sums,
+                    C* weighted_rows, std::int64_t D) {
   using V = Vec<C>;
   constexpr std::int64_t lanes = NV * kLanes<C>;
   V maximum[NV], factor[NV];
@@ -248,7 +264,8 @@ void follow_maximum(const C* logits, std::int64_t num_rows, C* shift, double* to
     for (int lane = 0; lane < kLanes<C>; ++lane) moves |= moved[lane] != 0;
   }
   if (!moves) return;
-  for (std::int64_t lane = 0; lane < lanes; ++lane) total[lane] *= factor[lane / kLanes<C>][lane % kLanes<C>];
+  for (std::int64_t lane = 0; lane < lanes; ++lane)
+    total[lane] *= factor[lane / kLanes<C>][lane % kLanes<C>];
   for (std::int64_t d = 0; d < D; ++d) {
     for (int v = 0; v < NV; ++v) {
       C* sum = sums + d * lanes + v * kLanes<C>;
@@ -261,7 +278,8 @@ void follow_maximum(const C* logits, std::int64_t num_rows, C* shift, double* to
 
 // logits <- e^(s - shift) * bank_scale; adds e^(s - shift) to total.
 template <int NV, typename C>
-void block_weights(C* logits, const BankContrastInputs& in, const Block<C>& block, const C* shift, double* total) {
+void block_weights(C* logits, const BankContrastInputs& in, const Block<C>& block, const C* shift,
+                   double* total) {
   using V = Vec<C>;
   constexpr std::int64_t lanes = NV * kLanes<C>;
   V sum[NV] = {}, offset[NV];
@@ -298,7 +316,8 @@ void add_weighted_rows(C* sums, const C* weights, const Block<C>& block, std::in
   for (; d + 4 <= D; d += 4) {
     column_product<4, NV>(sums + d * lanes, lanes, block.rows, d, block.size, weights, lanes);
   }
-  for (; d < D; ++d) column_product<1, NV>(sums + d * lanes, lanes, block.rows, d, block.size, weights, lanes);
+  for (; d < D; ++d)
+    column_product<1, NV>(sums + d * lanes, lanes, block.rows, d, block.size, weights, lanes);
 }
 
 template <typename C>
@@ -333,11 +352,13 @@ void scan_tiles(const BankSums<C>& out, const BankTask<C>& task) {
       double* total = out.total + n * lanes;
       C* sums = scratch.sums + n * D * lanes;
       block_logits<NV>(scratch.logits, task, task.tile_begin + n, block, n == 0);
-      follow_maximum<NV>(scratch.logits, block.size, shift, total, sums, out.weighted_rows + n * D * lanes, D);
+      follow_maximum<NV>(scratch.logits, block.size, shift, total, sums,
+                         out.weighted_rows + n * D * lanes, D);
       block_weights<NV>(scratch.logits, *task.inputs, block, shift, total);
       add_weighted_rows<NV>(sums, scratch.logits, block, D);
     }
-    if (++blocks % kBlocksPerRun == 0) end_run(out.weighted_rows, scratch.sums, num_tiles * D * lanes);
+    if (++blocks % kBlocksPerRun == 0)
+      end_run(out.weighted_rows, scratch.sums, num_tiles * D * lanes);
   }
   end_run(out.weighted_rows, scratch.sums, num_tiles * D * lanes);
 }
@@ -357,29 +378,29 @@ void block_coefficients(C* logits, std::int64_t num_rows, const C* lse, const C*
 
 // gradient (num_rows, columns) += coefficients (num_rows, lanes) x queries (lanes, columns).
 template <typename C>
-void add_queries(C* gradient, std::int64_t columns, const C* coefficients, std::int64_t num_rows, const C* queries,
-                 std::int64_t lanes) {
+void add_queries(C* gradient, std::int64_t columns, const C* coefficients, std::int64_t num_rows,
+                 const C* queries, std::int64_t lanes) {
   constexpr int NV = kMaxTileVectors, MR = tile_rows(NV), MR1 = tile_rows(1);
   const C* rows[kMaxBlockRows + kMaxTileRows];
   for (std::int64_t k = 0; k < num_rows + kMaxTileRows; ++k) rows[k] = coefficients + k * lanes;
   std::int64_t column = 0;
   for (; column + NV * kLanes<C> <= columns; column += NV * kLanes<C>) {
     for (std::int64_t k = 0; k < num_rows; k += MR) {
-      row_product<MR, NV>(gradient + k * columns + column, columns, rows + k, queries + column, columns, 0, lanes, true,
-                          nullptr, 0);
+      row_product<MR, NV>(gradient + k * columns + column, columns, rows + k, queries + column,
+                          columns, 0, lanes, true, nullptr, 0);
     }
   }
   for (; column < columns; column += kLanes<C>) {
     for (std::int64_t k = 0; k < num_rows; k += MR1) {
-      row_product<MR1, 1>(gradient + k * columns + column, columns, rows + k, queries + column, columns, 0, lanes, true,
-                          nullptr, 0);
+      row_product<MR1, 1>(gradient + k * columns + column, columns, rows + k, queries + column,
+                          columns, 0, lanes, true, nullptr, 0);
     }
   }
 }
 
 template <typename C>
-void store_gradient(void* dbank, const BankContrastInputs& in, const Block<C>& block, const C* gradient,
-                    std::int64_t columns) {
+void store_gradient(void* dbank, const BankContrastInputs& in, const Block<C>& block,
+                    const C* gradient, std::int64_t columns) {
   with_storage(in.bank_dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     for (std::int64_t k = 0; k < block.size; ++k) {
@@ -401,7 +422,8 @@ void backward_tiles(const BankGradient<C>& out, const BankTask<C>& task) {
   const std::int64_t columns = padded_dim<C>(in.D);
   const Scratch<C> scratch(task.scratch, lanes, in.D);
   fill(scratch.zero_row, in.D, C{0});
-  // Register tiles run past the last row: what is read there must be numbers, though nobody reads the result.
+  // Register tiles run past the last row: what is read there must be numbers, though nobody reads
+  // the result.
   fill(scratch.logits, (kMaxBlockRows + kMaxTileRows) * lanes, C{0});
   Block<C> block;
   for (std::int64_t begin = task.row_begin; begin < task.row_end; begin += block.size) {
@@ -409,8 +431,10 @@ void backward_tiles(const BankGradient<C>& out, const BankTask<C>& task) {
     fill(scratch.sums, (kMaxBlockRows + kMaxTileRows) * columns, C{0});
     for (std::int64_t tile = task.tile_begin; tile < task.tile_end; ++tile) {
       block_logits<NV>(scratch.logits, task, tile, block, tile == task.tile_begin);
-      block_coefficients<NV>(scratch.logits, block.size, out.lse + tile * lanes, out.coefficient + tile * lanes);
-      add_queries(scratch.sums, columns, scratch.logits, block.size, out.row_query + tile * lanes * columns, lanes);
+      block_coefficients<NV>(scratch.logits, block.size, out.lse + tile * lanes,
+                             out.coefficient + tile * lanes);
+      add_queries(scratch.sums, columns, scratch.logits, block.size,
+                  out.row_query + tile * lanes * columns, lanes);
     }
     store_gradient(out.dbank, in, block, scratch.sums, columns);
   }
@@ -432,10 +456,12 @@ void backward(const BankGradient<C>& out, const BankTask<C>& task) {
 
 }  // namespace
 
-extern const BankKernels<float> kBankKernelsFloat = {kLanes<float>,       kMaxTileVectors, padded_dim<float>,
-                                                     scratch_size<float>, scan<float>,     backward<float>};
-extern const BankKernels<double> kBankKernelsDouble = {kLanes<double>,       kMaxTileVectors, padded_dim<double>,
-                                                       scratch_size<double>, scan<double>,    backward<double>};
+extern const BankKernels<float> kBankKernelsFloat = {kLanes<float>,     kMaxTileVectors,
+                                                     padded_dim<float>, scratch_size<float>,
+                                                     scan<float>,       backward<float>};
+extern const BankKernels<double> kBankKernelsDouble = {kLanes<double>,     kMaxTileVectors,
+                                                       padded_dim<double>, scratch_size<double>,
+                                                       scan<double>,       backward<double>};
 
 }  // namespace CODIR_FAST_ISA_NAMESPACE
 }  // namespace codir_fast

@@ -1,5 +1,6 @@
-// What bank_contrast_cpu.cpp (threads, memory, combination) asks of bank_contrast_cpu_impl.cpp, which is compiled once
-// per instruction set. Plain data and declarations only: code here would be shared between instruction sets.
+// What bank_contrast_cpu.cpp (threads, memory, combination) asks of bank_contrast_cpu_impl.cpp,
+// which is compiled once per instruction set. Plain data and declarations only: code here would be
+// shared between instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,9 @@
 
 namespace codir_fast {
 
-// Queries are packed into tiles of `lanes` queries, each D-major: packed[(tile * D + d) * lanes + lane]; lanes past B
-// hold 0. All per-query arrays of a task are in this order too: [tile * lanes + lane].
+// Queries are packed into tiles of `lanes` queries, each D-major: packed[(tile * D + d) * lanes +
+// lane]; lanes past B hold 0. All per-query arrays of a task are in this order too: [tile * lanes +
+// lane].
 template <typename C>
 struct BankTask {
   const C* packed_query;
@@ -20,8 +22,8 @@ struct BankTask {
   C* scratch;  // scratch_size elements, 64-byte aligned
 };
 
-// For every query of the task's tiles, over the allowed rows of its range: sum of e^{s - shift} and of e^{s - shift} b.
-// Indexed from tile_begin; shift is -inf where no row is allowed.
+// For every query of the task's tiles, over the allowed rows of its range: sum of e^{s - shift} and
+// of e^{s - shift} b. Indexed from tile_begin; shift is -inf where no row is allowed.
 template <typename C>
 struct BankSums {
   C* shift;          // [tile][lane]
@@ -29,8 +31,9 @@ struct BankSums {
   C* weighted_rows;  // [tile][d][lane]
 };
 
-// Gradients to the task's bank rows, from all tiles. row_query (tiles * lanes, padded_D) holds q_i again, row-major with
-// columns padded with 0; coefficient[i] = grad_loss_i / t, 0 past B; lse[i] is +inf past B.
+// Gradients to the task's bank rows, from all tiles. row_query (tiles * lanes, padded_D) holds q_i
+// again, row-major with columns padded with 0; coefficient[i] = grad_loss_i / t, 0 past B; lse[i]
+// is +inf past B.
 template <typename C>
 struct BankGradient {
   void* dbank;

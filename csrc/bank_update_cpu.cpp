@@ -1,11 +1,11 @@
-// bank_update on the CPU. Each thread owns the rows whose number is its own modulo the number of threads and walks the
-// whole index: no row has two writers, and duplicates are applied in order whatever the number of threads.
-#include "bank_update.h"
-
+// bank_update on the CPU. Each thread owns the rows whose number is its own modulo the number of
+// threads and walks the whole index: no row has two writers, and duplicates are applied in order
+// whatever the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
+#include "bank_update.h"
 #include "storage.h"
 
 namespace codir_fast {
@@ -21,15 +21,17 @@ void update_row(T* row, const C* key, std::int64_t D, C momentum) {
     return momentum == 0 ? key[d] : momentum * to_compute(row[d]) + (1 - momentum) * key[d];
   };
   double square = 0;
-  for (std::int64_t d = 0; d < D; ++d) square += static_cast<double>(blend(d)) * static_cast<double>(blend(d));
+  for (std::int64_t d = 0; d < D; ++d)
+    square += static_cast<double>(blend(d)) * static_cast<double>(blend(d));
   const C norm = static_cast<C>(std::max(std::sqrt(square), kMinNorm));
   for (std::int64_t d = 0; d < D; ++d) from_compute(blend(d) / norm, &row[d]);
 }
 
 }  // namespace
 
-Status bank_update_cpu(void* bank, bool* filled, const std::int64_t* index, const void* keys, std::int64_t N,
-                       std::int64_t D, DType bank_dtype, double momentum, const Executor& executor) {
+Status bank_update_cpu(void* bank, bool* filled, const std::int64_t* index, const void* keys,
+                       std::int64_t N, std::int64_t D, DType bank_dtype, double momentum,
+                       const Executor& executor) {
   const std::int64_t owners = std::max(executor.num_threads, 1);
   return with_storage(bank_dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;

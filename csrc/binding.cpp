@@ -1,7 +1,8 @@
-// The operators of codir_fast as PyTorch sees them: schemas, and the CPU implementations over the kernels of this
-// folder. LibTorch stable ABI only, so that one binary loads into every torch from 2.11 on.
-// Python (codir_fast/ops) registers fake and autograd implementations and words the errors that users meet; checked here
-// is what memory safety asks for, because operators can also be called directly.
+// The operators of codir_fast as PyTorch sees them: schemas, and the CPU implementations over the
+// kernels of this folder. LibTorch stable ABI only, so that one binary loads into every torch
+// from 2.11 on. Python (codir_fast/ops) registers fake and autograd implementations and words the
+// errors that users meet; checked here is what memory safety asks for, because operators can also
+// be called directly.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,9 +22,9 @@
 namespace codir_fast {
 
 Executor torch_executor() {
-  return {static_cast<int>(torch::stable::get_num_threads()), [](std::int64_t size, const auto& body) {
-            torch::stable::parallel_for(0, size, 1, body);
-          }};
+  return {
+      static_cast<int>(torch::stable::get_num_threads()),
+      [](std::int64_t size, const auto& body) { torch::stable::parallel_for(0, size, 1, body); }};
 }
 
 namespace {
@@ -48,7 +49,8 @@ DType dtype_of(const Tensor& tensor, const char* name) {
 }
 
 void check_status(Status status, const char* op) {
-  STD_TORCH_CHECK(status != Status::kOutOfMemory, op, ": out of memory for the kernel's scratch space");
+  STD_TORCH_CHECK(status != Status::kOutOfMemory, op,
+                  ": out of memory for the kernel's scratch space");
   STD_TORCH_CHECK(status == Status::kOk, op, ": combination of dtypes is not supported");
 }
 
@@ -66,7 +68,9 @@ void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype, const
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "`", name, "` must be ", dtype_name);
 }
 
-Tensor new_tensor(const Tensor& like, std::vector<std::int64_t> size) { return torch::stable::new_empty(like, size); }
+Tensor new_tensor(const Tensor& like, std::vector<std::int64_t> size) {
+  return torch::stable::new_empty(like, size);
+}
 
 PoolMode pool_mode(const std::string& name) {
   if (name == "mean") return PoolMode::kMean;
@@ -82,7 +86,8 @@ struct RealTokenLists {
 };
 
 template <typename T>
-void append_real_tokens(RealTokenLists& lists, const T* mask, std::int64_t B, std::int64_t num_tokens) {
+void append_real_tokens(RealTokenLists& lists, const T* mask, std::int64_t B,
+                        std::int64_t num_tokens) {
   for (std::int64_t b = 0; b < B; ++b) {
     for (std::int64_t t = 0; t < num_tokens; ++t) {
       if (mask == nullptr || mask[b * num_tokens + t] != 0) lists.tokens.push_back(t);
@@ -91,7 +96,8 @@ void append_real_tokens(RealTokenLists& lists, const T* mask, std::int64_t B, st
   }
 }
 
-RealTokenLists real_tokens(const OptionalTensor& attention_mask, std::int64_t B, std::int64_t num_tokens) {
+RealTokenLists real_tokens(const OptionalTensor& attention_mask, std::int64_t B,
+                           std::int64_t num_tokens) {
   RealTokenLists lists;
   lists.tokens.reserve(B * num_tokens);
   if (!attention_mask) {
@@ -109,7 +115,8 @@ RealTokenLists real_tokens(const OptionalTensor& attention_mask, std::int64_t B,
   return lists;
 }
 
-std::tuple<Tensor, Tensor> masked_pool(const std::vector<Tensor>& hidden_states, const OptionalTensor& attention_mask,
+std::tuple<Tensor, Tensor> masked_pool(const std::vector<Tensor>& hidden_states,
+                                       const OptionalTensor& attention_mask,
                                        const std::string& mode_name) {
   STD_TORCH_CHECK(!hidden_states.empty(), "`hidden_states` must hold at least one tensor");
   const PoolMode mode = pool_mode(mode_name);
@@ -123,27 +130,32 @@ std::tuple<Tensor, Tensor> masked_pool(const std::vector<Tensor>& hidden_states,
   std::vector<HiddenState> layers;
   for (const Tensor& layer : hidden_states) {
     check_size(layer, "hidden_states", {B, num_tokens, H});
-    STD_TORCH_CHECK(layer.scalar_type() == first.scalar_type(), "`hidden_states` must share one dtype");
+    STD_TORCH_CHECK(layer.scalar_type() == first.scalar_type(),
+                    "`hidden_states` must share one dtype");
     owners.push_back(layer.stride(2) == 1 ? layer : torch::stable::contiguous(layer));
-    layers.push_back({owners.back().const_data_ptr(), owners.back().stride(0), owners.back().stride(1)});
+    layers.push_back(
+        {owners.back().const_data_ptr(), owners.back().stride(0), owners.back().stride(1)});
   }
 
   const RealTokenLists real = real_tokens(attention_mask, B, num_tokens);
   Tensor pooled = new_tensor(first, {B, L * H});
-  Tensor argmax = torch::stable::new_empty(first, mode == PoolMode::kMax ? std::vector<std::int64_t>{B, L * H}
-                                                                        : std::vector<std::int64_t>{0},
-                                           ScalarType::Long);
-  check_status(masked_pool_cpu(pooled.mutable_data_ptr(), argmax.mutable_data_ptr<std::int64_t>(), layers.data(),
-                               real.view(), L, B, H, dtype, mode, torch_executor()),
+  Tensor argmax = torch::stable::new_empty(
+      first,
+      mode == PoolMode::kMax ? std::vector<std::int64_t>{B, L * H} : std::vector<std::int64_t>{0},
+      ScalarType::Long);
+  check_status(masked_pool_cpu(pooled.mutable_data_ptr(), argmax.mutable_data_ptr<std::int64_t>(),
+                               layers.data(), real.view(), L, B, H, dtype, mode, torch_executor()),
                "masked_pool");
   return {pooled, argmax};
 }
 
-Tensor masked_pool_backward(const Tensor& grad_view, const OptionalTensor& attention_mask, const Tensor& argmax_view,
-                            std::int64_t num_layers, std::int64_t num_tokens, const std::string& mode_name) {
+Tensor masked_pool_backward(const Tensor& grad_view, const OptionalTensor& attention_mask,
+                            const Tensor& argmax_view, std::int64_t num_layers,
+                            std::int64_t num_tokens, const std::string& mode_name) {
   const PoolMode mode = pool_mode(mode_name);
   const DType dtype = dtype_of(grad_view, "grad");
-  STD_TORCH_CHECK(num_layers > 0 && num_tokens >= 0, "`num_layers` must be positive, `num_tokens` not negative");
+  STD_TORCH_CHECK(num_layers > 0 && num_tokens >= 0,
+                  "`num_layers` must be positive, `num_tokens` not negative");
   STD_TORCH_CHECK(grad_view.dim() == 2 && grad_view.size(1) % num_layers == 0,
                   "`grad` must have shape (B, num_layers * H)");
   const std::int64_t B = grad_view.size(0), H = grad_view.size(1) / num_layers;
@@ -156,15 +168,16 @@ Tensor masked_pool_backward(const Tensor& grad_view, const OptionalTensor& atten
     argmax = torch::stable::contiguous(argmax);
     const std::int64_t* token = argmax.const_data_ptr<std::int64_t>();
     for (std::int64_t n = 0; n < argmax.numel(); ++n) {
-      STD_TORCH_CHECK(token[n] >= -1 && token[n] < num_tokens, "`argmax` must be in [-1, num_tokens)");
+      STD_TORCH_CHECK(token[n] >= -1 && token[n] < num_tokens,
+                      "`argmax` must be in [-1, num_tokens)");
     }
   }
   const RealTokenLists real = real_tokens(attention_mask, B, num_tokens);
   Tensor dhidden = new_tensor(grad, {num_layers, B, num_tokens, H});
   check_status(masked_pool_backward_cpu(
                    dhidden.mutable_data_ptr(), grad.const_data_ptr(),
-                   mode == PoolMode::kMax ? argmax.const_data_ptr<std::int64_t>() : nullptr, real.view(), num_layers, B,
-                   num_tokens, H, dtype, mode, torch_executor()),
+                   mode == PoolMode::kMax ? argmax.const_data_ptr<std::int64_t>() : nullptr,
+                   real.view(), num_layers, B, num_tokens, H, dtype, mode, torch_executor()),
                "masked_pool_backward");
   return dhidden;
 }
@@ -176,8 +189,8 @@ struct BankContrastArguments {
   BankContrastInputs view;
 };
 
-OptionalTensor vector_argument(const OptionalTensor& tensor, const char* name, std::int64_t size, ScalarType dtype,
-                               const char* dtype_name) {
+OptionalTensor vector_argument(const OptionalTensor& tensor, const char* name, std::int64_t size,
+                               ScalarType dtype, const char* dtype_name) {
   if (!tensor) return std::nullopt;
   check_size(*tensor, name, {size});
   check_dtype(*tensor, name, dtype, dtype_name);
@@ -190,35 +203,42 @@ const Element* data_or_null(const OptionalTensor& tensor) {
 }
 
 double scalar_value(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.numel() == 1 && tensor.is_cpu(), "`", name, "` must be a scalar tensor on the CPU");
+  STD_TORCH_CHECK(tensor.numel() == 1 && tensor.is_cpu(), "`", name,
+                  "` must be a scalar tensor on the CPU");
   if (tensor.scalar_type() == ScalarType::Double) return *tensor.const_data_ptr<double>();
   check_dtype(tensor, name, ScalarType::Float, "float32 or float64");
   return *tensor.const_data_ptr<float>();
 }
 
-BankContrastArguments bank_contrast_arguments(const Tensor& query, const Tensor& bank, const Tensor& inv_temperature,
-                                              const OptionalTensor& bank_scale, const OptionalTensor& labels,
-                                              const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
+BankContrastArguments bank_contrast_arguments(const Tensor& query, const Tensor& bank,
+                                              const Tensor& inv_temperature,
+                                              const OptionalTensor& bank_scale,
+                                              const OptionalTensor& labels,
+                                              const OptionalTensor& bank_labels,
+                                              const OptionalTensor& exclude_index,
                                               const OptionalTensor& valid) {
   STD_TORCH_CHECK(query.dim() == 2 && query.is_cpu(), "`query` must be a (B, D) tensor on the CPU");
   STD_TORCH_CHECK(bank.dim() == 2, "`bank` must be a (K, D) tensor");
   const std::int64_t B = query.size(0), K = bank.size(0), D = query.size(1);
   STD_TORCH_CHECK(D > 0, "`query` must have at least one column");
   check_size(bank, "bank", {K, D});
-  STD_TORCH_CHECK(labels.has_value() == bank_labels.has_value(), "`labels` and `bank_labels` go together");
+  STD_TORCH_CHECK(labels.has_value() == bank_labels.has_value(),
+                  "`labels` and `bank_labels` go together");
   const ScalarType dtype = query.scalar_type();
   const DType compute = dtype_of(query, "query");
-  STD_TORCH_CHECK(compute == DType::kFloat32 || compute == DType::kFloat64, "`query` must be float32 or float64");
+  STD_TORCH_CHECK(compute == DType::kFloat32 || compute == DType::kFloat64,
+                  "`query` must be float32 or float64");
 
-  BankContrastArguments arguments{torch::stable::contiguous(query),
-                                  torch::stable::contiguous(bank),
-                                  inv_temperature,
-                                  vector_argument(bank_scale, "bank_scale", K, dtype, "of query's dtype"),
-                                  vector_argument(labels, "labels", B, ScalarType::Long, "int64"),
-                                  vector_argument(bank_labels, "bank_labels", K, ScalarType::Long, "int64"),
-                                  vector_argument(exclude_index, "exclude_index", B, ScalarType::Long, "int64"),
-                                  vector_argument(valid, "valid", K, ScalarType::Bool, "bool"),
-                                  {}};
+  BankContrastArguments arguments{
+      torch::stable::contiguous(query),
+      torch::stable::contiguous(bank),
+      inv_temperature,
+      vector_argument(bank_scale, "bank_scale", K, dtype, "of query's dtype"),
+      vector_argument(labels, "labels", B, ScalarType::Long, "int64"),
+      vector_argument(bank_labels, "bank_labels", K, ScalarType::Long, "int64"),
+      vector_argument(exclude_index, "exclude_index", B, ScalarType::Long, "int64"),
+      vector_argument(valid, "valid", K, ScalarType::Bool, "bool"),
+      {}};
   arguments.view = {arguments.query.const_data_ptr(),
                     arguments.bank.const_data_ptr(),
                     data_or_null<void>(arguments.bank_scale),
@@ -236,36 +256,41 @@ BankContrastArguments bank_contrast_arguments(const Tensor& query, const Tensor&
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_contrast(
-    const Tensor& query, const Tensor& positive_view, const Tensor& bank, const Tensor& inv_temperature,
-    const OptionalTensor& bank_scale, const OptionalTensor& labels, const OptionalTensor& bank_labels,
-    const OptionalTensor& exclude_index, const OptionalTensor& valid) {
-  const BankContrastArguments arguments =
-      bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels, exclude_index, valid);
+    const Tensor& query, const Tensor& positive_view, const Tensor& bank,
+    const Tensor& inv_temperature, const OptionalTensor& bank_scale, const OptionalTensor& labels,
+    const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
+    const OptionalTensor& valid) {
+  const BankContrastArguments arguments = bank_contrast_arguments(
+      query, bank, inv_temperature, bank_scale, labels, bank_labels, exclude_index, valid);
   const std::int64_t B = arguments.view.B, D = arguments.view.D;
   check_size(positive_view, "positive", {B, D});
   check_dtype(positive_view, "positive", query.scalar_type(), "of query's dtype");
   const Tensor positive = torch::stable::contiguous(positive_view);
-  Tensor loss = new_tensor(query, {B}), lse = new_tensor(query, {B}), dinv_temperature = new_tensor(query, {B});
+  Tensor loss = new_tensor(query, {B}), lse = new_tensor(query, {B}),
+         dinv_temperature = new_tensor(query, {B});
   Tensor dquery = new_tensor(query, {B, D}), dpositive = new_tensor(query, {B, D});
-  check_status(bank_contrast_cpu({loss.mutable_data_ptr(), lse.mutable_data_ptr(), dquery.mutable_data_ptr(),
-                                  dpositive.mutable_data_ptr(), dinv_temperature.mutable_data_ptr()},
-                                 positive.const_data_ptr(), arguments.view, torch_executor()),
-               "bank_contrast");
+  check_status(
+      bank_contrast_cpu({loss.mutable_data_ptr(), lse.mutable_data_ptr(), dquery.mutable_data_ptr(),
+                         dpositive.mutable_data_ptr(), dinv_temperature.mutable_data_ptr()},
+                        positive.const_data_ptr(), arguments.view, torch_executor()),
+      "bank_contrast");
   return {loss, lse, dquery, dpositive, dinv_temperature};
 }
 
 Tensor bank_contrast_backward(const Tensor& grad_loss_view, const Tensor& query, const Tensor& bank,
-                              const Tensor& inv_temperature, const Tensor& lse_view, const OptionalTensor& bank_scale,
-                              const OptionalTensor& labels, const OptionalTensor& bank_labels,
+                              const Tensor& inv_temperature, const Tensor& lse_view,
+                              const OptionalTensor& bank_scale, const OptionalTensor& labels,
+                              const OptionalTensor& bank_labels,
                               const OptionalTensor& exclude_index, const OptionalTensor& valid) {
-  const BankContrastArguments arguments =
-      bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels, exclude_index, valid);
-  const Tensor grad_loss = *vector_argument(grad_loss_view, "grad_loss", arguments.view.B, query.scalar_type(),
-                                            "of query's dtype");
-  const Tensor lse = *vector_argument(lse_view, "lse", arguments.view.B, query.scalar_type(), "of query's dtype");
+  const BankContrastArguments arguments = bank_contrast_arguments(
+      query, bank, inv_temperature, bank_scale, labels, bank_labels, exclude_index, valid);
+  const Tensor grad_loss = *vector_argument(grad_loss_view, "grad_loss", arguments.view.B,
+                                            query.scalar_type(), "of query's dtype");
+  const Tensor lse =
+      *vector_argument(lse_view, "lse", arguments.view.B, query.scalar_type(), "of query's dtype");
   Tensor dbank = new_tensor(bank, {arguments.view.K, arguments.view.D});
-  check_status(bank_contrast_backward_cpu(dbank.mutable_data_ptr(), grad_loss.const_data_ptr(), lse.const_data_ptr(),
-                                          arguments.view, torch_executor()),
+  check_status(bank_contrast_backward_cpu(dbank.mutable_data_ptr(), grad_loss.const_data_ptr(),
+                                          lse.const_data_ptr(), arguments.view, torch_executor()),
                "bank_contrast_backward");
   return dbank;
 }
@@ -287,33 +312,44 @@ void bank_update(Tensor bank, const Tensor& index_view, const Tensor& keys_view,
     check_dtype(*filled, "filled", ScalarType::Bool, "bool");
     STD_TORCH_CHECK(filled->is_contiguous(), "`filled` must be contiguous");
   }
-  const Tensor index = torch::stable::contiguous(index_view), keys = torch::stable::contiguous(keys_view);
+  const Tensor index = torch::stable::contiguous(index_view),
+               keys = torch::stable::contiguous(keys_view);
   const std::int64_t* row = index.const_data_ptr<std::int64_t>();
   for (std::int64_t n = 0; n < N; ++n) {
     STD_TORCH_CHECK(row[n] >= 0 && row[n] < K, "`index` must be in [0, ", K, "), got ", row[n]);
   }
-  check_status(bank_update_cpu(bank.mutable_data_ptr(), filled ? filled->mutable_data_ptr<bool>() : nullptr, row,
-                               keys.const_data_ptr(), N, D, dtype, momentum, torch_executor()),
-               "bank_update");
+  check_status(
+      bank_update_cpu(bank.mutable_data_ptr(), filled ? filled->mutable_data_ptr<bool>() : nullptr,
+                      row, keys.const_data_ptr(), N, D, dtype, momentum, torch_executor()),
+      "bank_update");
 }
 
 }  // namespace
 }  // namespace codir_fast
 
 STABLE_TORCH_LIBRARY(codir_fast, m) {
-  m.def("masked_pool(Tensor[] hidden_states, Tensor? attention_mask, str mode) -> (Tensor pooled, Tensor argmax)");
   m.def(
-      "masked_pool_backward(Tensor grad, Tensor? attention_mask, Tensor argmax, int num_layers, SymInt num_tokens, "
+      "masked_pool(Tensor[] hidden_states, Tensor? attention_mask, str mode) -> (Tensor pooled, "
+      "Tensor argmax)");
+  m.def(
+      "masked_pool_backward(Tensor grad, Tensor? attention_mask, Tensor argmax, int num_layers, "
+      "SymInt num_tokens, "
       "str mode) -> Tensor");
   m.def(
-      "bank_contrast(Tensor query, Tensor positive, Tensor bank, Tensor inv_temperature, Tensor? bank_scale=None, "
-      "Tensor? labels=None, Tensor? bank_labels=None, Tensor? exclude_index=None, Tensor? valid=None) "
+      "bank_contrast(Tensor query, Tensor positive, Tensor bank, Tensor inv_temperature, Tensor? "
+      "bank_scale=None, "
+      "Tensor? labels=None, Tensor? bank_labels=None, Tensor? exclude_index=None, Tensor? "
+      "valid=None) "
       "-> (Tensor loss, Tensor lse, Tensor dquery, Tensor dpositive, Tensor dinv_temperature)");
   m.def(
-      "bank_contrast_backward(Tensor grad_loss, Tensor query, Tensor bank, Tensor inv_temperature, Tensor lse, "
-      "Tensor? bank_scale=None, Tensor? labels=None, Tensor? bank_labels=None, Tensor? exclude_index=None, "
+      "bank_contrast_backward(Tensor grad_loss, Tensor query, Tensor bank, Tensor inv_temperature, "
+      "Tensor lse, "
+      "Tensor? bank_scale=None, Tensor? labels=None, Tensor? bank_labels=None, Tensor? "
+      "exclude_index=None, "
       "Tensor? valid=None) -> Tensor");
-  m.def("bank_update(Tensor(a!) bank, Tensor index, Tensor keys, float momentum, Tensor(b!)? filled=None) -> ()");
+  m.def(
+      "bank_update(Tensor(a!) bank, Tensor index, Tensor keys, float momentum, Tensor(b!)? "
+      "filled=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(codir_fast, CPU, m) {

@@ -1,5 +1,6 @@
-// What every kernel of codir_fast shares: element types, status, and how work is spread over threads.
-// Kernels see raw pointers, sizes and an Executor; who owns the thread pool (torch, or a test) is the caller's business.
+// What every kernel of codir_fast shares: element types, status, and how work is spread over
+// threads. Kernels see raw pointers, sizes and an Executor; who owns the thread pool (torch, or a
+// test) is the caller's business.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +14,8 @@ enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };
 enum class Status { kOk, kUnsupportedDType, kOutOfMemory };
 
 // Runs body(begin, end) on disjoint ranges that cover [0, size). Blocks until all have ended.
-using ParallelFor =
-    std::function<void(std::int64_t size, const std::function<void(std::int64_t, std::int64_t)>& body)>;
+using ParallelFor = std::function<void(
+    std::int64_t size, const std::function<void(std::int64_t, std::int64_t)>& body)>;
 
 struct Executor {
   int num_threads = 1;

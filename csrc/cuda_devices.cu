@@ -11,11 +11,13 @@ CudaReport cuda_report() {
   for (int device = 0; status == cudaSuccess && device < count; ++device) {
     cudaDeviceProp properties;
     status = cudaGetDeviceProperties(&properties, device);
-    if (status == cudaSuccess) report.devices.push_back({properties.name, properties.major, properties.minor});
+    if (status == cudaSuccess)
+      report.devices.push_back({properties.name, properties.major, properties.minor});
   }
   if (status != cudaSuccess) {
     report.error = cudaGetErrorString(status);
-    cudaGetLastError();  // the error is reported here; it must not surface in somebody's next launch
+    cudaGetLastError();  // the error is reported here; it must not surface in somebody's next
+                         // launch
   } else if (count == 0) {
     report.error = "no CUDA device";
   }

@@ -1,4 +1,5 @@
-// The GPUs that the CUDA runtime inside this binary sees. Answers on machines without a GPU or driver too.
+// The GPUs that the CUDA runtime inside this binary sees. Answers on machines without a GPU or
+// driver too.
 #pragma once
 
 #include <string>

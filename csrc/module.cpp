@@ -21,10 +21,12 @@ void refuse_bad_isa_request() {
   codir_fast::Isa isa;
   const std::string widest = codir_fast::isa_name(codir_fast::widest_isa());
   if (!codir_fast::parse_isa(name, &isa)) {
-    throw py::import_error("CODIR_FAST_CPU_ISA must be baseline, avx2 or avx512, got '" + std::string(name) + "'");
+    throw py::import_error("CODIR_FAST_CPU_ISA must be baseline, avx2 or avx512, got '" +
+                           std::string(name) + "'");
   }
   if (isa > codir_fast::widest_isa()) {
-    throw py::import_error("CODIR_FAST_CPU_ISA=" + std::string(name) + " cannot run here: this CPU goes up to " + widest);
+    throw py::import_error("CODIR_FAST_CPU_ISA=" + std::string(name) +
+                           " cannot run here: this CPU goes up to " + widest);
   }
 }
 
@@ -71,16 +73,19 @@ py::list cuda_devices() {
 
 PYBIND11_MODULE(_C, module) {
   refuse_bad_isa_request();
-  module.doc() = "Build information and CPU features of codir_fast; importing it registers the operators.";
+  module.doc() =
+      "Build information and CPU features of codir_fast; importing it registers the operators.";
   module.def("build_info", &build_info, "How this binary was built, as a dictionary.");
-  module.def("cpu_features", &cpu_features, "Which of the instruction sets that matter here this CPU has.");
+  module.def("cpu_features", &cpu_features,
+             "Which of the instruction sets that matter here this CPU has.");
   module.def(
       "cpu_isa", [] { return codir_fast::isa_name(codir_fast::active_isa()); },
       "The instruction set in use: 'baseline', 'avx2' or 'avx512'.");
   module.def(
       "num_threads", [] { return codir_fast::torch_executor().num_threads; },
       "Threads that a CPU operator uses now (torch.set_num_threads).");
-  module.def("cuda_devices", &cuda_devices, "GPUs that the CUDA runtime of this binary sees: name and capability.");
+  module.def("cuda_devices", &cuda_devices,
+             "GPUs that the CUDA runtime of this binary sees: name and capability.");
   module.def(
       "cuda_error", [] { return codir_fast::cuda_report().error; },
       "Why cuda_devices() is empty; '' if it is not.");

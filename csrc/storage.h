@@ -1,6 +1,6 @@
-// Element types in memory and the types that arithmetic runs in: bfloat16 and float16 are stored, float computes.
-// Conversions round to nearest even.
-// Everything is in an unnamed namespace, so that files built for different instruction sets share no symbol.
+// Element types in memory and the types that arithmetic runs in: bfloat16 and float16 are stored,
+// float computes. Conversions round to nearest even. Everything is in an unnamed namespace, so that
+// files built for different instruction sets share no symbol.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,8 @@ inline float to_compute(Float16 value) {
   const std::uint32_t sign = std::uint32_t{value.bits & 0x8000u} << 16;
   const std::uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  // Shifted into float's fields the exponent bias is 112 too small; the product mends it, subnormals included.
+  // Shifted into float's fields the exponent bias is 112 too small; the product mends it,
+  // subnormals included.
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
 }
 
@@ -64,7 +65,8 @@ inline void from_compute(float value, Float16* out) {
     half = 0x7e00u;
   } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
     half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal's bits, rounded, in the mantissa
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal's bits,
+                                         // rounded, in the mantissa
     half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;

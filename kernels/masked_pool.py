@@ -135,14 +135,14 @@ def masked_pool_kernel(
     BLOCK_SCAN: tl.constexpr,
 ):
     """Grid (B * blocks of H, L)."""
-    DTYPE: tl.constexpr = pooled_ptr.dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    dtype: tl.constexpr = pooled_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     num_blocks = tl.cdiv(H, BLOCK_H)
     b = (tl.program_id(0) // num_blocks).to(tl.int64)
     h = (tl.program_id(0) % num_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < H
     layer = tl.program_id(1)
-    states_ptr = tl.load(layer_ptrs + layer).to(tl.pointer_type(DTYPE))
+    states_ptr = tl.load(layer_ptrs + layer).to(tl.pointer_type(dtype))
     if ALIGNED:
         states_ptr = tl.multiple_of(states_ptr, 16)
     state_ptrs = states_ptr + b * stride_b + h
@@ -162,7 +162,7 @@ def masked_pool_kernel(
         token = _find_token(mask_ptr, T, stride_mt, MODE, HAS_MASK, BLOCK_SCAN)
         row = state_ptrs + token.to(tl.int64) * stride_t
         value = tl.load(row, mask=inside & (token >= 0), other=0.0)
-    tl.store(pooled_ptr + out, value.to(DTYPE), mask=inside)
+    tl.store(pooled_ptr + out, value.to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -182,8 +182,8 @@ def masked_pool_backward_kernel(
     BLOCK_SCAN: tl.constexpr,
 ):
     """Grid (B * blocks of H, L). Every element of dhidden (L, B, T, H) is written."""
-    DTYPE: tl.constexpr = dhidden_ptr.dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    dtype: tl.constexpr = dhidden_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     num_blocks = tl.cdiv(H, BLOCK_H)
     num_rows = tl.num_programs(0) // num_blocks
     b = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -196,7 +196,7 @@ def masked_pool_backward_kernel(
     share = tl.load(grad_ptr + column, mask=inside, other=0.0)
     if MODE == "mean":
         count = _count_tokens(mask_ptr, T, stride_mt, HAS_MASK, BLOCK_SCAN)
-        share = (share.to(ACC) / tl.maximum(count, 1).to(ACC)).to(DTYPE)
+        share = (share.to(ACC) / tl.maximum(count, 1).to(ACC)).to(dtype)
     elif MODE == "max":
         token = tl.load(argmax_ptr + column, mask=inside, other=-1)
     else:
@@ -210,7 +210,7 @@ def masked_pool_backward_kernel(
             chosen = t[:, None] == token[None, :]
         else:
             chosen = (t == token)[:, None]
-        value = tl.where(chosen, share[None, :], 0.0).to(DTYPE)
+        value = tl.where(chosen, share[None, :], 0.0).to(dtype)
         rows = out[None, :] + t.to(tl.int64)[:, None] * H
         tl.store(rows, value, mask=(t < T)[:, None] & inside[None, :])
 

@@ -23,10 +23,10 @@ class PoolTile(NamedTuple):
 # 16 to 32 values a thread, in one or two 16-byte loads of each row of tokens.
 MASKED_POOL: dict[int, dict[torch.dtype, PoolTile]] = {
     80: {
-        torch.float16: PoolTile(16, 128, 256, 4),
-        torch.bfloat16: PoolTile(16, 128, 256, 4),
-        torch.float32: PoolTile(16, 128, 256, 4),
-        torch.float64: PoolTile(8, 128, 256, 4),
+        torch.float16: PoolTile(16, 128, 128, 4),
+        torch.bfloat16: PoolTile(16, 128, 128, 4),
+        torch.float32: PoolTile(16, 128, 128, 4),
+        torch.float64: PoolTile(8, 128, 128, 4),
     },
 }
 

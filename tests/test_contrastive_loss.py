@@ -202,6 +202,12 @@ def test_strides_do_not_matter():
     torch.testing.assert_close(contrastive_loss(q, p, negatives), expected)
 
 
+def test_meta_tensors():
+    q = torch.randn(B, D, device="meta", requires_grad=True)
+    contrastive_loss(q, q, torch.randn(K, D, device="meta")).backward()
+    assert q.grad.shape == (B, D)
+
+
 def test_temperature_tensor_gets_its_gradient():
     q, p = pair()
     t = torch.tensor(T, dtype=torch.float64, requires_grad=True)
@@ -226,6 +232,8 @@ def test_autocast(dtype):
         q = x @ weight
         loss = contrastive_loss(q, p, negatives)
         assert q.dtype == dtype and loss.dtype == torch.float32
+        with pytest.raises(ValueError, match="`positive_key` must have the dtype of `query`"):
+            contrastive_loss(q, p.double())
     torch.testing.assert_close(loss, contrastive_loss(q.float(), p, negatives))
     loss.backward()
     assert weight.grad.isfinite().all()

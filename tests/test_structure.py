@@ -20,6 +20,7 @@ LEVELS = {
     "ops": 2,
     "functional": 3,
     "losses": 3,
+    "negatives": 3,
     "memory_bank": 3,
     "pooling": 3,
     "projection": 3,

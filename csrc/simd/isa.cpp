@@ -13,12 +13,16 @@ namespace codir_fast {
 CpuFeatures cpu_features() {
 #if CODIR_FAST_X86_DISPATCH
   __builtin_cpu_init();
-  // Older compilers do not know "f16c" by name: leaf 1, ECX. The operating system's part is that of AVX2.
+  // Older compilers do not know "f16c" by name: leaf 1, ECX. The operating system's part is that of
+  // AVX2.
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-  return {__builtin_cpu_supports("avx2") != 0,     __builtin_cpu_supports("fma") != 0,
-          f16c,                                    __builtin_cpu_supports("avx512f") != 0,
-          __builtin_cpu_supports("avx512bw") != 0, __builtin_cpu_supports("avx512dq") != 0,
+  return {__builtin_cpu_supports("avx2") != 0,
+          __builtin_cpu_supports("fma") != 0,
+          f16c,
+          __builtin_cpu_supports("avx512f") != 0,
+          __builtin_cpu_supports("avx512bw") != 0,
+          __builtin_cpu_supports("avx512dq") != 0,
           __builtin_cpu_supports("avx512vl") != 0};
 #else
   return {};

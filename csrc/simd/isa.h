@@ -14,8 +14,9 @@ CpuFeatures cpu_features();
 // The widest instruction set that this CPU has and the kernels were built for.
 Isa widest_isa();
 
-// The one in use: widest_isa(), or a narrower one that the environment variable CODIR_FAST_CPU_ISA names. Loading the
-// Python module refuses a value that names none or one that the CPU lacks, so that nothing is ignored in silence.
+// The one in use: widest_isa(), or a narrower one that the environment variable CODIR_FAST_CPU_ISA
+// names. Loading the Python module refuses a value that names none or one that the CPU lacks, so
+// that nothing is ignored in silence.
 Isa active_isa();
 
 // "baseline", "avx2" or "avx512".

@@ -1,5 +1,6 @@
-// Vectors of the instruction set that the including file is compiled for, in the compiler's own vector extension.
-// Include only from files that are compiled once per instruction set: everything is in an unnamed namespace.
+// Vectors of the instruction set that the including file is compiled for, in the compiler's own
+// vector extension. Include only from files that are compiled once per instruction set: everything
+// is in an unnamed namespace.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +58,9 @@ inline Vec<C> splat(C value) {
   return value - Vec<C>{};  // value + 0 would turn -0 into 0
 }
 
-// e^x for x <= 88 (float) or 709 (double): within 2 ulp, 0 where the result would not be a normal number, NaN for NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2; n is rounded by adding 1.5 * 2^mantissa, whose low bits are then n.
+// e^x for x <= 88 (float) or 709 (double): within 2 ulp, 0 where the result would not be a normal
+// number, NaN for NaN. x = n ln 2 + r with |r| <= ln 2 / 2; n is rounded by adding 1.5 *
+// 2^mantissa, whose low bits are then n.
 inline Vec<float> exp(Vec<float> x) {
   constexpr float kMagic = 0x1.8p23f, kLowest = -87.33f;
   const Vec<float> bounded = x < kLowest ? splat(kLowest) : x;
@@ -84,9 +86,9 @@ inline Vec<double> exp(Vec<double> x) {
   const Vec<double> n = shifted - kMagic;
   const Vec<double> r = (bounded - n * 6.93147180369123816490e-1) - n * 1.90821492927058770002e-10;
   // Taylor to r^13: the next term is below 5e-18 of the result.
-  constexpr double kInverseFactorial[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
-                                          1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
-                                          1.0 / 6,          0.5};
+  constexpr double kInverseFactorial[] = {
+      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+      1.0 / 5040,       1.0 / 720,       1.0 / 120,      1.0 / 24,      1.0 / 6,      0.5};
   Vec<double> p = splat(kInverseFactorial[0]);
 #pragma GCC unroll 12
   for (int k = 1; k < 12; ++k) p = p * r + kInverseFactorial[k];

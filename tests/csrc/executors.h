@@ -1,4 +1,5 @@
-// Executors that the tests run kernels on: the calling thread, or a few threads with contiguous ranges as torch's pool.
+// Executors that the tests run kernels on: the calling thread, or a few threads with contiguous
+// ranges as torch's pool.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,8 @@ inline Executor threads(int count) {
             const std::int64_t share = (size + count - 1) / count;
             std::vector<std::thread> pool;
             for (std::int64_t begin = 0; begin < size; begin += share) {
-              pool.emplace_back([&body, begin, end = std::min(begin + share, size)] { body(begin, end); });
+              pool.emplace_back(
+                  [&body, begin, end = std::min(begin + share, size)] { body(begin, end); });
             }
             for (std::thread& thread : pool) thread.join();
           }};

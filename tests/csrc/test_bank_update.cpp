@@ -1,11 +1,11 @@
-// bank_update against its definition in double: duplicates in order, rows that were never filled, any number of threads.
-#include "bank_update.h"
-
+// bank_update against its definition in double: duplicates in order, rows that were never filled,
+// any number of threads.
 #include <cmath>
 #include <limits>
 #include <random>
 #include <vector>
 
+#include "bank_update.h"
 #include "check.h"
 #include "executors.h"
 #include "storage.h"
@@ -25,9 +25,11 @@ void test_against_definition(DType dtype, double tolerance, bool with_filled, in
   std::vector<Compute<Element>> keys(N * D);
   std::vector<std::int64_t> index(N);
   std::vector<char> filled(K, 0);
-  for (Element& element : bank) from_compute(static_cast<Compute<Element>>(distribution(random)), &element);
+  for (Element& element : bank)
+    from_compute(static_cast<Compute<Element>>(distribution(random)), &element);
   for (auto& key : keys) key = static_cast<Compute<Element>>(distribution(random));
-  for (std::int64_t& row : index) row = static_cast<std::int64_t>(random() % (K - 1));  // the last row stays as it is
+  for (std::int64_t& row : index)
+    row = static_cast<std::int64_t>(random() % (K - 1));  // the last row stays as it is
   for (char& flag : filled) flag = random() % 2 == 0;
   for (std::int64_t d = 0; with_filled && d < D; ++d) {
     filled[0] = 0;  // what a row that was never filled holds doesn't matter
@@ -43,7 +45,8 @@ void test_against_definition(DType dtype, double tolerance, bool with_filled, in
     const bool keeps = !with_filled || expected_filled[index[n]];
     double square = 0;
     for (std::int64_t d = 0; d < D; ++d) {
-      row[d] = (keeps ? momentum * row[d] + (1 - momentum) * keys[n * D + d] : static_cast<double>(keys[n * D + d]));
+      row[d] = (keeps ? momentum * row[d] + (1 - momentum) * keys[n * D + d]
+                      : static_cast<double>(keys[n * D + d]));
       square += row[d] * row[d];
     }
     for (std::int64_t d = 0; d < D; ++d) row[d] /= std::sqrt(square);
@@ -51,10 +54,12 @@ void test_against_definition(DType dtype, double tolerance, bool with_filled, in
   }
 
   static_assert(sizeof(bool) == sizeof(char), "flags are bytes");
-  CHECK(bank_update_cpu(bank.data(), with_filled ? reinterpret_cast<bool*>(filled.data()) : nullptr, index.data(),
-                        keys.data(), N, D, dtype, momentum, threads(num_threads)) == Status::kOk);
+  CHECK(bank_update_cpu(bank.data(), with_filled ? reinterpret_cast<bool*>(filled.data()) : nullptr,
+                        index.data(), keys.data(), N, D, dtype, momentum,
+                        threads(num_threads)) == Status::kOk);
   for (std::int64_t n = 0; n < K * D; ++n) CHECK_CLOSE(to_compute(bank[n]), expected[n], tolerance);
-  for (std::int64_t row = 0; with_filled && row < K; ++row) CHECK(filled[row] == expected_filled[row]);
+  for (std::int64_t row = 0; with_filled && row < K; ++row)
+    CHECK(filled[row] == expected_filled[row]);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
-// masked_pool and its backward against sums in double, over modes, dtypes, layers with strides and rows without tokens.
-#include "masked_pool.h"
-
+// masked_pool and its backward against sums in double, over modes, dtypes, layers with strides and
+// rows without tokens.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -9,6 +8,7 @@
 
 #include "check.h"
 #include "executors.h"
+#include "masked_pool.h"
 #include "storage.h"
 
 using namespace codir_fast;
@@ -47,12 +47,14 @@ template <typename Element>
 std::vector<Element> normal(std::size_t size, std::mt19937& random) {
   std::normal_distribution<double> distribution;
   std::vector<Element> out(size);
-  for (Element& element : out) from_compute(static_cast<Compute<Element>>(distribution(random)), &element);
+  for (Element& element : out)
+    from_compute(static_cast<Compute<Element>>(distribution(random)), &element);
   return out;
 }
 
 // The weight of token t in the pooled value, from the definition.
-double weight_of(PoolMode mode, const std::int64_t* tokens, std::int64_t count, std::int64_t t, std::int64_t best) {
+double weight_of(PoolMode mode, const std::int64_t* tokens, std::int64_t count, std::int64_t t,
+                 std::int64_t best) {
   const bool real = std::find(tokens, tokens + count, t) != tokens + count;
   if (!real) return 0;
   if (mode == PoolMode::kMean) return 1.0 / static_cast<double>(count);
@@ -75,12 +77,13 @@ void test_mode(DType dtype, PoolMode mode, double epsilon, int num_threads) {
   std::vector<Element> pooled = filled<Element>(B * L * H, kNan);
   std::vector<std::int64_t> argmax(B * L * H, -7);
   const Executor executor = threads(num_threads);
-  CHECK(masked_pool_cpu(pooled.data(), argmax.data(), layers.data(), mask.view(), L, B, H, dtype, mode, executor) ==
-        Status::kOk);
+  CHECK(masked_pool_cpu(pooled.data(), argmax.data(), layers.data(), mask.view(), L, B, H, dtype,
+                        mode, executor) == Status::kOk);
   const std::vector<Element> grad = normal<Element>(B * L * H, random);
   std::vector<Element> dhidden = filled<Element>(L * B * T * H, kNan);
-  CHECK(masked_pool_backward_cpu(dhidden.data(), grad.data(), mode == PoolMode::kMax ? argmax.data() : nullptr,
-                                 mask.view(), L, B, T, H, dtype, mode, executor) == Status::kOk);
+  CHECK(masked_pool_backward_cpu(dhidden.data(), grad.data(),
+                                 mode == PoolMode::kMax ? argmax.data() : nullptr, mask.view(), L,
+                                 B, T, H, dtype, mode, executor) == Status::kOk);
 
   for (std::int64_t l = 0; l < L; ++l) {
     for (std::int64_t b = 0; b < B; ++b) {
@@ -117,8 +120,8 @@ void test_first_nan_is_the_maximum() {
   const std::vector<std::int64_t> offsets{0, 4}, tokens{0, 1, 2, 3};
   float pooled = 0;
   std::int64_t argmax = -7;
-  masked_pool_cpu(&pooled, &argmax, &layer, {offsets.data(), tokens.data()}, 1, 1, 1, DType::kFloat32, PoolMode::kMax,
-                  Executor{});
+  masked_pool_cpu(&pooled, &argmax, &layer, {offsets.data(), tokens.data()}, 1, 1, 1,
+                  DType::kFloat32, PoolMode::kMax, Executor{});
   CHECK(std::isnan(pooled));
   CHECK(argmax == 1);
 }
