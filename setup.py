@@ -1,7 +1,7 @@
 """Build of codir_fast: setuptools for the package, CMake and Ninja for the extension.
 
-Environment variables: CODIR_FAST_CUDA=0|1 leaves the CUDA part out, or insists on it (default: built when nvcc is
-found); CODIR_FAST_BUILD_TYPE (Release); MAX_JOBS (parallel compilations).
+Environment variables: CODIR_FAST_CUDA=0|1 leaves the CUDA part out, or insists on it (default: built
+when nvcc is found); CODIR_FAST_BUILD_TYPE (Release); MAX_JOBS (parallel compilations).
 """
 
 import importlib
@@ -27,7 +27,9 @@ def find_tool(name: str, bin_dir: str) -> str:
         return str(Path(getattr(importlib.import_module(name), bin_dir)) / name)
     found = shutil.which(name)
     if found is None:
-        sys.exit(f"codir_fast: {name} is needed for the build and was not found; pip install {name}")
+        sys.exit(
+            f"codir_fast: {name} is needed for the build and was not found; pip install {name}"
+        )
     return found
 
 
@@ -39,19 +41,27 @@ def cuda_choice() -> str:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake and Ninja for the one extension and puts the result where setuptools expects it."""
+    """Runs CMake and Ninja for the one extension, into the place that setuptools expects."""
 
     def build_extension(self, ext: Extension) -> None:
         for package in ("torch", "pybind11"):
             if importlib.util.find_spec(package) is None:
-                sys.exit(f"codir_fast: {package} must be installed for the build, and is not; "
-                         f"pip install it, or leave out --no-build-isolation")
+                sys.exit(
+                    f"codir_fast: {package} must be installed for the build, and is not; "
+                    f"pip install it, or leave out --no-build-isolation"
+                )
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         cmake = find_tool("cmake", "CMAKE_BIN_DIR")
         configure = [
-            cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir),
+            cmake,
+            "-G",
+            "Ninja",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build_dir),
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', 'BIN_DIR')}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('CODIR_FAST_BUILD_TYPE', 'Release')}",
             f"-DPython_EXECUTABLE={sys.executable}",

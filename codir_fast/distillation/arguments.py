@@ -56,10 +56,6 @@ class DataArguments:
         for name in ("train_file", "validation_file"):
             check_file(name, getattr(self, name))
 
-    @property
-    def validates(self) -> bool:
-        return self.validation_file is not None or self.validation_split > 0
-
 
 @dataclass
 class OutputArguments:

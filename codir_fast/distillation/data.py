@@ -5,7 +5,9 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+
+from transformers.trainer_utils import IntervalStrategy
 
 from codir_fast.distillation.arguments import DataArguments
 from codir_fast.errors import UsageError
@@ -30,6 +32,14 @@ def load_examples(data: DataArguments, seed: int) -> tuple[Dataset, Dataset | No
     if validation is not None:
         validation = select_columns(validation, "validation_file", data)
     return train, validation
+
+
+def check_evaluation(training: TrainingArguments, validation: Dataset | None) -> None:
+    strategy = IntervalStrategy(training.eval_strategy)
+    if validation is None and strategy != IntervalStrategy.NO:
+        raise UsageError(
+            f"`eval_strategy` {strategy.value} needs `validation_file` or `validation_split`"
+        )
 
 
 def read_file(name: str, path: str) -> Dataset:

@@ -7,7 +7,13 @@ from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArgum
 
 from codir_fast.distillation import arguments as args
 from codir_fast.distillation.config import DistillationConfig
-from codir_fast.distillation.data import known_labels, label_ids, load_examples, tokenize
+from codir_fast.distillation.data import (
+    check_evaluation,
+    known_labels,
+    label_ids,
+    load_examples,
+    tokenize,
+)
 from codir_fast.distillation.loading import (
     load_classifier,
     load_tokenizer,
@@ -57,6 +63,7 @@ def run(arguments: list[str]) -> int:
     tokenizer = load_tokenizer("teacher", models.teacher)
     teacher = load_trained_classifier("teacher", models.teacher)
     train, validation = load_examples(data, training.seed)
+    check_evaluation(training, validation)
     label2id = known_labels(teacher.config)
     labels = label_ids(train, "train_file", label2id)
     longest = getattr(teacher.config, "max_position_embeddings", data.max_seq_length)

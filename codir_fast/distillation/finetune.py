@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from codir_fast.distillation import arguments as args
-from codir_fast.distillation.data import label_ids, label_names, load_examples, tokenize
+from codir_fast.distillation.data import (
+    check_evaluation,
+    label_ids,
+    label_names,
+    load_examples,
+    tokenize,
+)
 from codir_fast.distillation.loading import load_classifier, load_tokenizer
 from codir_fast.distillation.training import accuracy, train_and_save
 
@@ -30,6 +36,7 @@ def run(arguments: list[str]) -> int:
     name = model_args.model_name_or_path
     tokenizer = load_tokenizer("model_name_or_path", name)
     train, validation = load_examples(data, training.seed)
+    check_evaluation(training, validation)
     names = label_names(train)
     label2id = {label: number for number, label in enumerate(names)}
     model = load_classifier(

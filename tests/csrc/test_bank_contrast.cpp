@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -417,6 +418,51 @@ void test_nan_propagates() {
   }
 }
 
+// A NaN in a row that no query may see stays out of every row's gradient, however many lanes B
+// fills.
+void test_nan_in_a_row_that_nobody_sees() {
+  for (const std::int64_t B : {1, 16, 19}) {
+    Case<float> some = random_case<float>(B, 40, 6);
+    some.labels.assign(B, 7);
+    some.bank_labels.assign(40, 8);
+    some.bank_labels[11] = 7;
+    some.bank[11 * some.D] = static_cast<float>(kNan);
+    const std::vector<float> lse(B, 20.0f);
+    for (const Isa isa : isas()) {
+      std::vector<float> dbank(40 * some.D, static_cast<float>(kNan));
+      bank_contrast_backward_cpu(dbank.data(), some.grad_loss.data(), lse.data(), some.inputs(),
+                                 threads(2), isa);
+      for (const float element : dbank) CHECK(!std::isnan(element));
+    }
+  }
+}
+
+// Logits around 1e11 are rounded by thousands, lse too: a weight still is at most 1.
+void test_huge_logits_keep_gradients_bounded() {
+  Case<float> some = random_case<float>(20, 300, 33);
+  for (float& element : some.bank) element *= 1e6f;
+  for (float& element : some.query) element *= 1e4f;
+  for (const Isa isa : isas()) {
+    const Results<float> got = run(some, 2, isa);
+    const double bound = 20 * 1e4 / some.temperature;
+    for (const float loss : got.loss) CHECK(std::isfinite(loss));
+    for (const float element : got.dbank) CHECK(std::abs(element) <= bound);
+  }
+}
+
+// Where a thread pool finds no memory, the status says so.
+void test_out_of_memory_is_a_status() {
+  const Case<float> some = random_case<float>(3, 5, 4);
+  Executor executor;
+  executor.parallel_for = [](std::int64_t, const auto&) { throw std::bad_alloc(); };
+  std::vector<float> rows(5 * some.D), queries(3 * some.D), scalars(3);
+  CHECK(bank_contrast_cpu(
+            {scalars.data(), scalars.data(), queries.data(), queries.data(), scalars.data()},
+            some.positive.data(), some.inputs(), executor) == Status::kOutOfMemory);
+  CHECK(bank_contrast_backward_cpu(rows.data(), some.grad_loss.data(), scalars.data(),
+                                   some.inputs(), executor) == Status::kOutOfMemory);
+}
+
 template <typename Element>
 bool same_bits(const std::vector<Element>& a, const std::vector<Element>& b) {
   return std::memcmp(a.data(), b.data(), a.size() * sizeof(Element)) == 0;
@@ -475,6 +521,9 @@ int main() {
   test_in_dtype<double>();
   test_clustered_bank(9, 65536, 32);
   test_clustered_bank(2, 1 << 19, 4);
+  test_nan_in_a_row_that_nobody_sees();
+  test_huge_logits_keep_gradients_bounded();
+  test_out_of_memory_is_a_status();
   test_repeats_to_the_bit();
   test_many_threads();
   test_unsupported_dtypes();

@@ -1,0 +1,152 @@
+"""finetune, distill and evaluate as a user calls them, and every error as one line."""
+
+import json
+import shutil
+
+import pytest
+from tiny import write_examples
+
+from codir_fast.cli import main
+
+FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
+
+
+def files(folder):
+    return [
+        *("--train_file", str(folder / "train.csv")),
+        *("--validation_file", str(folder / "validation.csv")),
+    ]
+
+
+def test_finetune_distill_evaluate(folder, tmp_path, capsys):
+    teacher, student = str(tmp_path / "teacher"), str(tmp_path / "student")
+    encoder = str(folder / "teacher")
+    command = ["finetune", "--model_name_or_path", encoder, "--output_dir", teacher]
+    assert main([*command, *files(folder), *FAST]) == 0
+    command = ["distill", "--teacher", teacher, "--student_layers", "2", "--output_dir", student]
+    assert main([*command, *files(folder), *FAST, "--codir_weight", "0.2"]) == 0
+    settings = json.loads((tmp_path / "student" / "distillation.json").read_text())
+    assert settings["codir_weight"] == 0.2
+    metrics = json.loads((tmp_path / "student" / "metrics.json").read_text())
+    capsys.readouterr()
+
+    test_file = str(folder / "validation.csv")
+    assert main(["evaluate", "--model_name_or_path", student, "--test_file", test_file]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    result = json.loads(printed)
+    assert set(result) == {"accuracy", "n", "loss", "milliseconds_per_sentence"}
+    assert result["n"] == 20
+    assert result["accuracy"] == pytest.approx(metrics["eval_accuracy"])
+    assert result["loss"] == pytest.approx(metrics["eval_loss"], rel=1e-3)
+
+    before = (tmp_path / "student" / "model.safetensors").read_bytes()
+    command = ["distill", "--teacher", teacher, "--student_layers", "2", "--output_dir", student]
+    assert main([*command, *files(folder), *FAST]) == 2
+    assert "give --overwrite_output_dir" in capsys.readouterr().err
+    assert (tmp_path / "student" / "model.safetensors").read_bytes() == before
+    resume = [*FAST, "--resume_from_checkpoint", "True"]
+    assert main([*command, *files(folder), *resume]) == 0  # all steps are done: nothing changes
+    assert (tmp_path / "student" / "model.safetensors").read_bytes() == before
+
+
+def test_split_string_labels_json_and_student_checkpoint(folder, tmp_path):
+    write_examples(tmp_path / "all.csv", 40, seed=3)
+    rows = [line.rsplit(",", 1) for line in (tmp_path / "all.csv").read_text().splitlines()[1:]]
+    lines = [json.dumps({"sentence": text, "class": label}) for text, label in rows]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    shutil.copytree(folder / "teacher", tmp_path / "other")
+    arguments = [
+        *("--teacher", str(folder / "teacher"), "--student", str(tmp_path / "other")),
+        *("--train_file", str(tmp_path / "all.jsonl"), "--validation_split", "0.2"),
+        *("--text_column", "sentence", "--label_column", "class", "--max_train_samples", "24"),
+        *("--output_dir", str(tmp_path / "out"), "--layer_mapping", "last"),
+    ]
+    assert main(["distill", *arguments, *FAST]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "eval_accuracy" in metrics
+
+
+ERRORS = {
+    "missing train file": ({"--train_file": "nowhere.csv"}, "`train_file` must be an existing"),
+    "missing validation file": ({"--validation_file": "no.csv"}, "`validation_file` must be an"),
+    "unknown format": ({"--train_file": "FOLDER/teacher/config.xml"}, "`train_file` must end in"),
+    "no such column": ({"--text_column": "sentence"}, "`train_file` has no column 'sentence'"),
+    "no such label column": ({"--label_column": "y"}, "`train_file` has no column 'y'"),
+    "no model": ({"--teacher": "FOLDER/empty"}, "`teacher` must be a model"),
+    "no folder": ({"--teacher": "./nowhere"}, "`teacher` must be a model's folder or hub name"),
+    "too many layers": ({"--student_layers": "9"}, "`student_layers` must be in [1, 4]"),
+    "no layers": ({"--student_layers": "0"}, "`student_layers` must be in [1, 4]"),
+    "not a number": ({"--student_layers": "many"}, "--student_layers"),
+    "negative weight": ({"--kd_weight": "-1"}, "`kd_weight` must be 0 or more"),
+    "temperature 0": ({"--temperature": "0"}, "`temperature` must be positive"),
+    "temperature nan": ({"--temperature": "nan"}, "`temperature` must be positive"),
+    "unknown pooling": ({"--pooling": "sum"}, "`pooling` must be one of"),
+    "unknown flag": ({"--learning_speed": "1"}, "--learning_speed"),
+    "output is a file": ({"--output_dir": "FOLDER/train.csv"}, "`output_dir` must be a folder"),
+    "output is used": ({"--output_dir": "FOLDER/teacher"}, "`output_dir` must be empty"),
+    "no checkpoint": ({"--resume_from_checkpoint": "True"}, "found no checkpoint"),
+    "bad split": ({"--validation_split": "1.5"}, "`validation_split` must be in [0, 1)"),
+    "unknown label": ({"--train_file": "FOLDER/strange.csv"}, "row 1 has the label 'neutral'"),
+    "empty text": ({"--train_file": "FOLDER/hole.csv"}, "`train_file` must hold texts, row 0"),
+    "nothing to evaluate on": ({"--eval_strategy": "epoch"}, "`eval_strategy` epoch needs"),
+    "regression": ({"--train_file": "FOLDER/numbers.csv"}, "regression is not built yet"),
+    "no rows": ({"--train_file": "FOLDER/none.csv"}, "`train_file`"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(folder, tmp_path_factory):
+    """The tiny folder with files that no run should accept."""
+    path = tmp_path_factory.mktemp("broken")
+    shutil.copytree(folder, path, dirs_exist_ok=True)
+    (path / "empty").mkdir()
+    (path / "teacher" / "config.xml").write_text("<a/>")
+    (path / "strange.csv").write_text("text,label\nw1,positive\nw2,neutral\n")
+    (path / "hole.csv").write_text("text,label\n,positive\nw2,negative\n")
+    (path / "numbers.csv").write_text("text,label\nw1,0.5\nw2,1.5\n")
+    (path / "none.csv").write_text("text,label\n")
+    return path
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_is_one_line_with_exit_code_2(name, broken, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes, message = ERRORS[name]
+    given = {
+        "--teacher": "FOLDER/teacher",
+        "--student_layers": "2",
+        "--train_file": "FOLDER/train.csv",
+        "--output_dir": "out",
+    } | changes
+    arguments = [part.replace("FOLDER", str(broken)) for pair in given.items() for part in pair]
+    before = sorted(broken.rglob("*"))
+    assert main(["distill", *arguments, "--use_cpu"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("codir-fast: error: ") and message in last
+    assert list(tmp_path.iterdir()) == [] and sorted(broken.rglob("*")) == before
+
+
+def test_missing_required_flags(capsys):
+    assert main(["distill", "--train_file", "x.csv"]) == 2
+    assert "--teacher" in capsys.readouterr().err
+    assert main(["evaluate"]) == 2
+    assert "--model_name_or_path" in capsys.readouterr().err
+
+
+def test_encoder_without_classifier_is_no_teacher(folder, tmp_path, capsys):
+    from transformers import BertModel
+
+    shutil.copytree(folder / "teacher", tmp_path / "encoder")
+    BertModel.from_pretrained(folder / "teacher").save_pretrained(tmp_path / "encoder")
+    arguments = ["--teacher", str(tmp_path / "encoder"), "--student_layers", "2"]
+    output = ["--output_dir", str(tmp_path / "out")]
+    assert main(["distill", *arguments, *files(folder), *output]) == 2
+    assert "`teacher` must be a fine-tuned classifier" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_refuses_a_missing_test_file(folder, capsys):
+    model = str(folder / "teacher")
+    assert main(["evaluate", "--model_name_or_path", model, "--test_file", "no.csv"]) == 2
+    assert "`test_file` must be an existing file" in capsys.readouterr().err

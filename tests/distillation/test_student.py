@@ -1,0 +1,90 @@
+"""Layer mappings, and students made from a teacher."""
+
+import pytest
+import torch
+from tiny import tiny_config
+from transformers import (
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from codir_fast.distillation.layer_mapping import layer_pairs
+from codir_fast.distillation.student import student_from_teacher
+
+
+@pytest.mark.parametrize(
+    ("mapping", "student", "teacher", "expected"),
+    [
+        ("uniform", 6, 12, [(1, 2), (2, 4), (3, 6), (4, 8), (5, 10), (6, 12)]),
+        ("uniform", 3, 6, [(1, 2), (2, 4), (3, 6)]),
+        ("uniform", 2, 5, [(1, 2), (2, 5)]),
+        ("uniform", 4, 4, [(1, 1), (2, 2), (3, 3), (4, 4)]),
+        ("official", 6, 12, [(1, 1), (2, 3), (3, 5), (4, 7), (5, 9), (6, 11)]),
+        ("last", 3, 12, [(3, 12)]),
+        ("1:4,3:12", 3, 12, [(1, 4), (3, 12)]),
+    ],
+)
+def test_pairs(mapping, student, teacher, expected):
+    assert layer_pairs(mapping, student, teacher) == expected
+
+
+@pytest.mark.parametrize("mapping", ["middle", "1-2", "1:2:3", "a:b", ""])
+def test_unknown_mapping_is_refused(mapping):
+    with pytest.raises(ValueError, match="`layer_mapping` must be one of"):
+        layer_pairs(mapping, 3, 6)
+
+
+@pytest.mark.parametrize("mapping", ["0:1", "4:1", "1:7"])
+def test_pairs_out_of_range_are_refused(mapping):
+    with pytest.raises(ValueError, match="within 3 student and 6 teacher layers"):
+        layer_pairs(mapping, 3, 6)
+
+
+SMALL = {"vocab_size": 30, "max_position_embeddings": 20}
+TEACHERS = {
+    "bert": lambda: BertForSequenceClassification(tiny_config()),
+    "roberta": lambda: RobertaForSequenceClassification(
+        RobertaConfig(
+            **SMALL,
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    ),
+    "distilbert": lambda: DistilBertForSequenceClassification(
+        DistilBertConfig(**SMALL, dim=16, n_layers=4, n_heads=2, hidden_dim=32)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_student_starts_as_every_second_layer(kind):
+    teacher = TEACHERS[kind]()
+    student = student_from_teacher(teacher, 2)
+    assert student.config.num_hidden_layers == 2
+    given, taken = teacher.state_dict(), student.state_dict()
+    for name, value in taken.items():
+        source = name
+        for layer in (1, 0):
+            source = source.replace(f"layer.{layer}.", f"layer.{2 * layer + 1}.")
+        assert torch.equal(value, given[source]), name
+    with torch.no_grad():  # copies, not the teacher's own
+        next(student.parameters()).add_(1)
+    assert not torch.equal(next(student.parameters()), next(teacher.parameters()))
+
+
+def test_full_depth_student_computes_what_the_teacher_does():
+    teacher = TEACHERS["bert"]().eval()
+    student = student_from_teacher(teacher, 4).eval()
+    tokens = torch.randint(4, 20, (3, 7))
+    assert torch.equal(student(tokens).logits, teacher(tokens).logits)
+
+
+@pytest.mark.parametrize("layers", [0, 5])
+def test_wrong_number_of_layers_is_refused(layers):
+    with pytest.raises(ValueError, match=r"`student_layers` must be in \[1, 4\]"):
+        student_from_teacher(TEACHERS["bert"](), layers)
