@@ -1,7 +1,7 @@
 """Build of codir_fast: setuptools for the package, CMake and Ninja for the extension.
 
-Environment variables: CODIR_FAST_CUDA=0|1 leaves the CUDA part out, or insists on it (default: built
-when nvcc is found); CODIR_FAST_BUILD_TYPE (Release); MAX_JOBS (parallel compilations).
+Environment variables: CODIR_FAST_CUDA=0|1 leaves the CUDA part out or insists on it (default: built
+when nvcc is found), CODIR_FAST_BUILD_TYPE (Release), MAX_JOBS (parallel compilations).
 """
 
 import importlib

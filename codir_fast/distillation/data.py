@@ -6,7 +6,6 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
-
 from transformers.trainer_utils import IntervalStrategy
 
 from codir_fast.distillation.arguments import DataArguments
