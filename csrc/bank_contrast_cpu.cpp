@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "bank_contrast.h"
@@ -254,16 +255,25 @@ bool supported(const BankContrastInputs& in) {
          (is_double || in.bank_dtype != DType::kFloat64);
 }
 
+// Runs call(C{}) in the arithmetic type that inputs ask for. Handing work to an executor allocates.
+template <typename Call>
+Status in_dtype(const BankContrastInputs& inputs, const Call& call) {
+  try {
+    return inputs.dtype == DType::kFloat64 ? call(double{}) : call(float{});
+  } catch (const std::bad_alloc&) {
+    return Status::kOutOfMemory;
+  }
+}
+
 }  // namespace
 
 Status bank_contrast_cpu(const BankContrastOutputs& outputs, const void* positive,
                          const BankContrastInputs& inputs, const Executor& executor, Isa isa) {
   if (!supported(inputs)) return Status::kUnsupportedDType;
   if (inputs.B == 0) return Status::kOk;
-  if (inputs.dtype == DType::kFloat64) {
-    return forward(outputs, static_cast<const double*>(positive), inputs, executor, isa);
-  }
-  return forward(outputs, static_cast<const float*>(positive), inputs, executor, isa);
+  return in_dtype(inputs, [&](auto zero) {
+    return forward(outputs, static_cast<const decltype(zero)*>(positive), inputs, executor, isa);
+  });
 }
 
 Status bank_contrast_backward_cpu(void* dbank, const void* grad_loss, const void* lse,
@@ -271,12 +281,11 @@ Status bank_contrast_backward_cpu(void* dbank, const void* grad_loss, const void
                                   Isa isa) {
   if (!supported(inputs)) return Status::kUnsupportedDType;
   if (inputs.K == 0) return Status::kOk;
-  if (inputs.dtype == DType::kFloat64) {
-    return backward(dbank, static_cast<const double*>(grad_loss), static_cast<const double*>(lse),
-                    inputs, executor, isa);
-  }
-  return backward(dbank, static_cast<const float*>(grad_loss), static_cast<const float*>(lse),
-                  inputs, executor, isa);
+  return in_dtype(inputs, [&](auto zero) {
+    using C = decltype(zero);
+    return backward(dbank, static_cast<const C*>(grad_loss), static_cast<const C*>(lse), inputs,
+                    executor, isa);
+  });
 }
 
 }  // namespace codir_fast

@@ -167,7 +167,7 @@ void load_block(Block<C>& block, const Scratch<C>& scratch, const BankTask<C>& t
         block.rows[k] = row;
       } else {
         C* converted = scratch.converted + k * in.D;
-        for (std::int64_t d = 0; d < in.D; ++d) converted[d] = static_cast<C>(to_compute(row[d]));
+        convert(converted, row, in.D);
         block.rows[k] = converted;
       }
     }
@@ -364,14 +364,17 @@ void scan_tiles(const BankSums<C>& out, const BankTask<C>& task) {
 }
 
 // logits <- e^(s - lse) * coefficient: what each query adds of itself to each row's gradient.
+// 0 where lse is +inf: that marks lanes past B, and their logits, 0 times the row, may be NaN.
 template <int NV, typename C>
 void block_coefficients(C* logits, std::int64_t num_rows, const C* lse, const C* coefficient) {
   for (std::int64_t k = 0; k < num_rows; ++k) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       C* at = logits + (k * NV + v) * kLanes<C>;
-      const Vec<C> weight = exp(load<Vec<C>>(at) - load<Vec<C>>(lse + v * kLanes<C>));
-      store(at, weight * load<Vec<C>>(coefficient + v * kLanes<C>));
+      const Vec<C> shift = load<Vec<C>>(lse + v * kLanes<C>);
+      const Vec<C> weight = exp(load<Vec<C>>(at) - shift);
+      const Vec<C> product = weight * load<Vec<C>>(coefficient + v * kLanes<C>);
+      store(at, shift == kInfinity<C> ? Vec<C>{} : product);
     }
   }
 }

@@ -6,6 +6,12 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__F16C__)
+#include <immintrin.h>  // its functions are always inlined: no symbol leaves this file
+#endif
+
+#include "storage.h"
+
 namespace codir_fast {
 namespace {
 
@@ -97,6 +103,22 @@ inline Vec<double> exp(Vec<double> x) {
   const Vec<double> power = p * (Vec<double>)exponent;
   return x < kLowest ? Vec<double>{} : power;
 }
+
+template <typename C, typename T>
+void convert(C* out, const T* in, std::int64_t size) {
+  for (std::int64_t n = 0; n < size; ++n) out[n] = static_cast<C>(to_compute(in[n]));
+}
+
+#if defined(__F16C__)
+// One instruction for what takes a dozen without F16C.
+inline void convert(float* out, const Float16* in, std::int64_t size) {
+  std::int64_t n = 0;
+  for (; n + 8 <= size; n += 8) {
+    _mm256_storeu_ps(out + n, _mm256_cvtph_ps(load<__m128i>(in + n)));
+  }
+  for (; n < size; ++n) out[n] = to_compute(in[n]);
+}
+#endif
 
 }  // namespace
 }  // namespace codir_fast
