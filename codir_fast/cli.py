@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(arguments[0], arguments[1:])
-    except UsageError as error:
+    except (UsageError, NotImplementedError) as error:
         print(f"codir-fast: error: {_one_line(error)}", file=sys.stderr)
         return 2
 

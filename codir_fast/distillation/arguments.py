@@ -12,8 +12,25 @@ from codir_fast.errors import UsageError
 
 
 @dataclass
-class DataArguments:
-    """Where texts and labels come from."""
+class TextArguments:
+    """How texts and labels are read."""
+
+    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
+    label_column: str = field(
+        default="label", metadata={"help": "Column of the labels, integers or strings."}
+    )
+    max_seq_length: int = field(
+        default=128, metadata={"help": "Tokens of a text that are read, the rest is cut off."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 1:
+            raise ValueError(f"`max_seq_length` must be at least 1, got {self.max_seq_length}")
+
+
+@dataclass
+class DataArguments(TextArguments):
+    """Where the training examples come from."""
 
     train_file: str | None = field(
         default=None, metadata={"help": "Training examples: a csv, json, jsonl or parquet file."}
@@ -28,22 +45,14 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "A data set of the hub, instead of files."}
     )
-    text_column: str = field(default="text", metadata={"help": "Column of the texts."})
-    label_column: str = field(
-        default="label", metadata={"help": "Column of the labels, integers or strings."}
-    )
-    max_seq_length: int = field(
-        default=128, metadata={"help": "Tokens of a text that are read, the rest is cut off."}
-    )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use only so many training examples, from the start."}
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.validation_split < 1:
             raise ValueError(f"`validation_split` must be in [0, 1), got {self.validation_split}")
-        if self.max_seq_length < 1:
-            raise ValueError(f"`max_seq_length` must be at least 1, got {self.max_seq_length}")
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ValueError(
                 f"`max_train_samples` must be at least 1, got {self.max_train_samples}"
@@ -82,11 +91,12 @@ def parse(command: str, classes: tuple[Any, ...], arguments: list[str], **defaul
     Raises:
         UsageError: an unknown flag, or a value that a dataclass refuses.
     """
-    parser = _Parser(classes, prog=f"codir-fast {command}", allow_abbrev=False)
+    usage = f"codir-fast {command} [--flag value ...]"
+    parser = _Parser(classes, prog=f"codir-fast {command}", usage=usage, allow_abbrev=False)
     parser.set_defaults(**defaults)
     try:
         *filled, unknown = parser.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, args_file_flag="--args_file"
+            arguments, return_remaining_strings=True
         )
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise UsageError(f"{command}: {error}") from error

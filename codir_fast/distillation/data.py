@@ -8,7 +8,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from codir_fast.distillation.arguments import DataArguments
+from codir_fast.distillation.arguments import DataArguments, TextArguments
 from codir_fast.errors import UsageError
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -63,7 +63,7 @@ def _from_hub(name: str) -> tuple[Dataset, Dataset | None]:
     return loaded["train"], loaded.get("validation")
 
 
-def select_columns(examples: Dataset, name: str, data: DataArguments) -> Dataset:
+def select_columns(examples: Dataset, name: str, data: TextArguments) -> Dataset:
     """The two columns under the names text and label; refuses what is missing or empty."""
     for flag in ("text_column", "label_column"):
         column = getattr(data, flag)

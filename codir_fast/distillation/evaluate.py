@@ -44,7 +44,7 @@ class EvaluateArguments:
 
 def run(arguments: list[str]) -> int:
     """Prints one line of JSON: accuracy, n, loss, milliseconds_per_sentence."""
-    classes = (EvaluateArguments, args.DataArguments)
+    classes = (EvaluateArguments, args.TextArguments)
     options, data = args.parse("evaluate", classes, arguments)
     args.check_file("test_file", options.test_file)
     name = options.model_name_or_path

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from codir_fast.distillation.model import DistillationModel
 
@@ -26,17 +26,22 @@ class DistillationTrainer(Trainer):
     Raises:
         ValueError: `model` is no DistillationModel; or more than one process, for which the bank is
             not built yet.
+        NotImplementedError: label smoothing.
     """
 
-    def __init__(self, model: DistillationModel, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: DistillationModel, args: TrainingArguments | None = None, **kwargs: Any
+    ) -> None:
         if not isinstance(model, DistillationModel):
             raise ValueError(f"`model` must be a DistillationModel, got {type(model).__name__}")
-        super().__init__(model, *args, **kwargs)
-        if self.args.world_size > 1 and model.distillation_config.codir_weight > 0:
+        if args is not None and args.label_smoothing_factor != 0:
+            raise NotImplementedError("`label_smoothing_factor` is not built for distillation yet")
+        if args is not None and args.world_size > 1 and model.distillation_config.codir_weight > 0:
             raise ValueError(
                 "`codir_weight` > 0 needs one process: each process would fill a bank of its own, "
-                f"got {self.args.world_size} processes"
+                f"got {args.world_size} processes"
             )
+        super().__init__(model, args, **kwargs)
         device = self.args.device
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
         self._count = 0

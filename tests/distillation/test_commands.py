@@ -90,6 +90,7 @@ ERRORS = {
     "unknown label": ({"--train_file": "FOLDER/strange.csv"}, "row 1 has the label 'neutral'"),
     "empty text": ({"--train_file": "FOLDER/hole.csv"}, "`train_file` must hold texts, row 0"),
     "nothing to evaluate on": ({"--eval_strategy": "epoch"}, "`eval_strategy` epoch needs"),
+    "label smoothing": ({"--label_smoothing_factor": "0.1"}, "`label_smoothing_factor` is not"),
     "regression": ({"--train_file": "FOLDER/numbers.csv"}, "regression is not built yet"),
     "no rows": ({"--train_file": "FOLDER/none.csv"}, "`train_file`"),
 }
@@ -125,6 +126,17 @@ def test_error_is_one_line_with_exit_code_2(name, broken, tmp_path, capsys, monk
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("codir-fast: error: ") and message in last
     assert list(tmp_path.iterdir()) == [] and sorted(broken.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill", "evaluate"])
+def test_help_lists_the_flags(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"usage: codir-fast {command} [--flag" in shown and "--max_seq_length" in shown
+    for flag in ("--learning_rate", "--train_file"):
+        assert (flag in shown) == (command != "evaluate")
 
 
 def test_missing_required_flags(capsys):
