@@ -8,9 +8,8 @@ Tokens that are masked are not loaded. The launchers allocate the results; kerne
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from codir_fast.kernels import tiles
+from torch import Tensor
 
 MODES = ("mean", "max", "first", "last")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -20,7 +20,7 @@ class PoolTile(NamedTuple):
     num_warps: int
 
 
-# 16 to 32 values a thread, in one or two 16-byte loads of each row of tokens.
+# 8 or 16 values a thread, in two to four 16-byte loads.
 MASKED_POOL: dict[int, dict[torch.dtype, PoolTile]] = {
     80: {
         torch.float16: PoolTile(16, 128, 128, 4),
@@ -29,6 +29,45 @@ MASKED_POOL: dict[int, dict[torch.dtype, PoolTile]] = {
         torch.float64: PoolTile(8, 128, 128, 4),
     },
 }
+
+
+class ContrastTile(NamedTuple):
+    """BLOCK_B queries against BLOCK_K bank rows; products run over CHUNK_D columns at a time."""
+
+    BLOCK_B: int
+    BLOCK_K: int
+    CHUNK_D: int
+    num_warps: int
+    num_stages: int
+
+
+# By the dtype of the arithmetic, then by the largest padded D that the tile serves. Larger ones
+# spill: three-part tf32 products hold every operand twice.
+BANK_CONTRAST: dict[int, dict[torch.dtype, dict[int, ContrastTile]]] = {
+    80: {
+        torch.float32: {
+            128: ContrastTile(16, 32, 64, num_warps=4, num_stages=2),
+            256: ContrastTile(16, 32, 64, num_warps=8, num_stages=2),
+        },
+        torch.float64: {256: ContrastTile(4, 8, 32, num_warps=4, num_stages=1)},
+    },
+}
+COMBINED_SPLITS = 16  # partial sums that one program of the combine kernel merges at a time
+
+
+def bank_contrast(device: torch.device, dtype: torch.dtype, D: int) -> dict[str, int]:
+    """The tile for embeddings of D columns, with BLOCK_D: D padded to 64, 128 or 256."""
+    BLOCK_D = max(64, 1 << max(D - 1, 0).bit_length())
+    by_size = choose(BANK_CONTRAST, device)[dtype]
+    tile = by_size[min(size for size in by_size if size >= BLOCK_D)]._asdict()
+    return {**tile, "BLOCK_D": BLOCK_D}
+
+
+def num_programs(device: torch.device) -> int:
+    """Programs that keep a GPU busy: two on each multiprocessor. Four for the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def choose(table: dict[int, Tile], device: torch.device) -> Tile:

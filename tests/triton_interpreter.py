@@ -28,8 +28,8 @@ def run_tests(file: str) -> None:
 def install() -> None:
     """Makes bfloat16 right in Triton 3.6's interpreter.
 
-    It holds a bfloat16 as a 16-bit integer, multiplies these integers in tl.dot, and cuts float32
-    off where a GPU rounds to nearest.
+    It holds a bfloat16 as a 16-bit integer, multiplies these integers in tl.dot, makes one of a
+    float64's value, and cuts float32 off where a GPU rounds to nearest.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -41,8 +41,8 @@ def install() -> None:
     def convert_bfloat16(source: TensorHandle, dtype: tl.dtype) -> TensorHandle | None:
         if (source.dtype.scalar, dtype.scalar) == (tl.bfloat16, tl.float32):
             return TensorHandle(_bfloat16_to_float32(source.data), tl.float32)
-        if (source.dtype.scalar, dtype.scalar) == (tl.float32, tl.bfloat16):
-            return TensorHandle(_float32_to_bfloat16(source.data), tl.bfloat16)
+        if dtype.scalar == tl.bfloat16 and source.dtype.scalar in (tl.float32, tl.float64):
+            return TensorHandle(_float_to_bfloat16(source.data), tl.bfloat16)
         return None
 
     def cast_impl(self, source, dtype):
@@ -67,8 +67,8 @@ def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
+def _float_to_bfloat16(values: np.ndarray) -> np.ndarray:
     """Round to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)

@@ -1,0 +1,188 @@
+"""bank_contrast's Triton kernels on CPU tensors, against the float64 reference."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from codir_fast.kernels import tiles
+from codir_fast.kernels.bank_contrast import bank_contrast, bank_contrast_backward
+
+from codir_fast import reference
+
+MASKS = ("scale", "labels", "exclude", "valid")
+SIZES = [(1, 1, 1), (3, 7, 5), (17, 131, 31), (2, 70, 200), (4, 300, 128)]
+EMPTY = [(0, 5, 4), (4, 0, 8), (0, 0, 3)]
+
+
+def make_case(B, K, D, *, dtype=torch.float32, bank_dtype=None, temperature=0.07, masks=()):
+    query, positive, bank = (
+        F.normalize(torch.randn(n, D, dtype=torch.float64), dim=1).to(dtype) for n in (B, B, K)
+    )
+    case = {
+        "query": query,
+        "positive": positive,
+        "bank": bank.to(bank_dtype or dtype),
+        "inv_temperature": torch.tensor(1 / temperature, dtype=torch.float64),
+    }
+    if "scale" in masks:
+        case["bank_scale"] = torch.rand(K, dtype=dtype) + 0.5
+    if "labels" in masks:
+        case["labels"], case["bank_labels"] = torch.randint(0, 3, (B,)), torch.randint(0, 3, (K,))
+    if "exclude" in masks:
+        case["exclude_index"] = torch.randint(-1, max(K, 1), (B,))
+    if "valid" in masks:
+        case["valid"] = torch.rand(K) < 0.7
+    return case
+
+
+def ours(case, upstream):
+    """Loss, and the gradients of query, positive, bank and 1/t; lse as the last."""
+    loss, lse, dquery, dpositive, dinv_temperature = bank_contrast(**case)
+    dtype, upstream = loss.dtype, upstream.to(loss.dtype)
+    assert all(t.dtype == dtype for t in (lse, dquery, dpositive, dinv_temperature))
+    others = {name: value for name, value in case.items() if name != "positive"}
+    dbank = bank_contrast_backward(upstream, lse=lse, **others)
+    assert dbank.dtype == case["bank"].dtype
+    rows = upstream[:, None]
+    return [
+        *(loss, rows * dquery, rows * dpositive, dbank),
+        *((upstream * dinv_temperature).sum().double(), lse),
+    ]
+
+
+def plain(case, upstream, dtype=None):
+    case = {
+        name: value.to(dtype) if dtype and value.is_floating_point() else value
+        for name, value in case.items()
+    }
+    names = ("query", "positive", "bank", "inv_temperature")
+    for name in names:
+        case[name] = case[name].detach().clone().requires_grad_()
+    loss = reference.bank_contrast(**case)
+    gradients = torch.autograd.grad(loss, [case[name] for name in names], upstream.to(loss.dtype))
+    positive_logit = (case["query"] * case["positive"]).sum(1) * case["inv_temperature"]
+    lse = (loss + positive_logit).detach()
+    return [loss.detach(), *gradients, lse.to(loss.dtype)]
+
+
+def check(assert_accurate, case):
+    upstream = torch.randn(len(case["query"]))
+    found, eager = ours(case, upstream), plain(case, upstream)
+    exact = plain(case, upstream, torch.float64)
+    # A rounding of a logit s is a relative error of eps * |s| in its weight.
+    inv_t = case["inv_temperature"].item()
+    largest = exact[2].abs().max().item() if len(upstream) else 0.0
+    scales = [0, largest, 0, 0, largest * len(upstream) / inv_t, 0]
+    longest = case["bank"].double().nan_to_num().norm(dim=1).max() if len(case["bank"]) else 1
+    condition = max(1.0, 1.5 * float(longest) * inv_t)
+    assert_accurate(found, eager, exact, condition=condition, scales=scales)
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES + EMPTY, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sizes(dtype, size, assert_accurate):
+    B, K, D = size if dtype == torch.float32 else (min(size[0], 5), min(size[1], 40), size[2])
+    check(assert_accurate, make_case(B, K, D, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [masks for n in range(5) for masks in itertools.combinations(MASKS, n)],
+    ids=lambda masks: "+".join(masks) or "none",
+)
+def test_masks(masks, assert_accurate):
+    check(assert_accurate, make_case(3, 70, 9, masks=masks))
+
+
+@pytest.mark.parametrize("bank_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bank_dtypes(dtype, bank_dtype, assert_accurate):
+    size = (3, 70, 20) if dtype == torch.float32 else (3, 20, 20)
+    case = make_case(*size, dtype=dtype, bank_dtype=bank_dtype, masks=MASKS)
+    check(assert_accurate, case)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 100.0])
+def test_any_temperature(temperature, assert_accurate):
+    check(assert_accurate, make_case(3, 70, 9, temperature=temperature))
+
+
+def test_rows_that_are_not_unit_vectors_do_not_overflow(assert_accurate):
+    case = make_case(3, 70, 9)
+    case["bank"] *= 100
+    assert all(result.isfinite().all() for result in check(assert_accurate, case))
+
+
+def test_long_sums_keep_their_digits(monkeypatch):
+    """Equal terms add up: rounding each sum, always the same way, would show in the loss."""
+    monkeypatch.setattr(tiles, "num_programs", lambda device: 1)
+    case = make_case(1, 32 * 300, 1, temperature=1.0)
+    case["query"], case["positive"] = torch.ones(1, 1), torch.full((1, 1), 20.0)
+    case["bank"] = torch.tensor([1.0] + [-1.0] * 31).repeat(300)[:, None]
+    (loss,), *_ = bank_contrast(**case)
+    (exact,) = plain(case, torch.ones(1), torch.float64)[0]
+    assert abs(loss.item() / exact.item() - 1) < 4 * torch.finfo(torch.float32).eps
+
+
+def test_no_negative_gives_loss_0_and_no_gradient():
+    case = make_case(3, 40, 9)
+    case["labels"], case["bank_labels"] = torch.tensor([1, 1, 2]), torch.ones(40).long()
+    loss, dquery, dpositive, dbank, _, lse = ours(case, torch.ones(3))
+    assert loss[:2].eq(0).all() and loss[2] > 0
+    assert dquery[:2].eq(0).all() and dpositive[:2].eq(0).all() and dquery[2].ne(0).any()
+    positive_logit = (case["query"] * case["positive"]).sum(1) * case["inv_temperature"]
+    torch.testing.assert_close(lse[:2], positive_logit[:2].float())
+    case["valid"] = torch.zeros(40, dtype=torch.bool)
+    assert all(result.eq(0).all() for result in ours(case, torch.ones(3))[:5])
+
+
+def test_invalid_rows_may_hold_anything(assert_accurate):
+    case = make_case(3, 70, 9, masks=MASKS)
+    case["bank"][~case["valid"]] = torch.nan
+    case["bank_scale"][~case["valid"]] = torch.inf
+    found = ours(case, torch.ones(3))
+    case["bank"][~case["valid"]], case["bank_scale"][~case["valid"]] = 0, 1
+    expected = ours(case, torch.ones(3))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_inputs_that_are_not_contiguous():
+    case = make_case(3, 40, 9, masks=MASKS)
+    wide = {
+        name: torch.stack([value, value], dim=-1)[..., 0] if value.ndim else value
+        for name, value in case.items()
+    }
+    upstream = torch.ones(1).expand(3)
+    for a, b in zip(ours(wide, upstream), ours(case, upstream), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.ones(3, 300)}, "D at most 256"),
+        ({"query": torch.ones(3, 8)}, r"`bank` must be .* of shape \(40, 8\)"),
+        ({"query": torch.ones(3, 9).half()}, "`query` must be float32 or float64"),
+        ({"positive": torch.ones(2, 9)}, r"`positive` must be float32 of shape \(3, 9\)"),
+        ({"bank": torch.ones(40, 9).double()}, "`bank` must be bfloat16 or float16 or float32 of"),
+        ({"inv_temperature": torch.ones(3)}, r"`inv_temperature` must be .* of shape \(\)"),
+        ({"bank_scale": torch.ones(40).double()}, "`bank_scale` must be float32"),
+        ({"labels": torch.ones(3).long()}, "`labels` and `bank_labels` must be given together"),
+        ({"exclude_index": torch.ones(2).long()}, r"`exclude_index` must be .* of shape \(3,\)"),
+        ({"valid": torch.ones(40)}, "`valid` must be bool"),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises(ValueError, match=message):
+        bank_contrast(**{**make_case(3, 40, 9), **changes})
+
+
+def test_bad_input_of_the_backward():
+    case = make_case(3, 40, 9)
+    del case["positive"]
+    with pytest.raises(ValueError, match=r"`grad_loss` must be float32 of shape \(3,\)"):
+        bank_contrast_backward(torch.ones(2), lse=torch.ones(3), **case)
+    with pytest.raises(ValueError, match=r"`lse` must be float32 of shape \(3,\)"):
+        bank_contrast_backward(torch.ones(3), lse=torch.ones(3).double(), **case)
