@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/simd/* tests/csrc/*.cpp tests/csrc/*.h)
-BUILD_FILES := $(wildcard csrc/*.* csrc/simd/*) CMakeLists.txt setup.py pyproject.toml
+CXX_FILES := $(wildcard $(foreach dir,csrc csrc/* tests/csrc,$(dir)/*.cpp $(dir)/*.h $(dir)/*.cu))
+BUILD_FILES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml codir_fast/version.py
 
 .PHONY: help install demo test ctest lint format clean
 
@@ -17,10 +17,11 @@ help:
 	@echo "make clean     remove builds and .venv, keep runs/"
 
 $(VENV)/.torch: requirements/torch.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "codir_fast needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) -V 2>&1); give one with PYTHON=..."; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
-	  { echo "$(PYTHON) can't make a virtual environment; install its venv package (python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "codir_fast needs Python >= 3.10, and $(PYTHON) is not: give one with PYTHON=..." >&2; exit 1; }
+	@# Without ensurepip, venv leaves a Python that has no pip: so pip is what is asked for.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) >/dev/null || \
+	  { echo "$(PYTHON) can't make a virtual environment: install its venv package (python3-venv)" >&2; exit 1; }
 	$(PIP) install -r requirements/torch.txt
 	@touch $@
 

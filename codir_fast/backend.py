@@ -14,12 +14,12 @@ import torch
 from codir_fast import _C
 from codir_fast.version import __version__
 
-OPS = ("masked_pool", "bank_contrast", "bank_update")
+OPS = ("masked_pool", "bank_contrast", "indexed_contrast", "bank_update")
 NAMES = ("torch", "cpu", "triton", "cuda")
 _OPS_OF: dict[str, tuple[str, ...]] = {
     "torch": OPS,
     "cpu": OPS,
-    "triton": ("masked_pool",),
+    "triton": ("masked_pool", "bank_contrast"),
     "cuda": (),
 }
 
@@ -29,6 +29,7 @@ _OPS_OF: dict[str, tuple[str, ...]] = {
 AUTO = {
     ("cpu", "masked_pool"): "cpu",
     ("cpu", "bank_contrast"): "cpu",
+    ("cpu", "indexed_contrast"): "cpu",
     ("cpu", "bank_update"): "cpu",
 }
 

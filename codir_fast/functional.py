@@ -23,6 +23,7 @@ from codir_fast.negatives import (
     choose_negatives,
 )
 from codir_fast.ops.bank_contrast import bank_contrast
+from codir_fast.ops.indexed_contrast import indexed_contrast
 
 OBJECTIVES = ("infonce", "nce")
 REDUCTIONS = ("none", "mean", "sum")
@@ -58,6 +59,7 @@ def contrastive_loss(
         negative_keys: b. None: the other queries' positive keys, gradient included. (K, D): shared
             by all queries, dtype and device of `query`; gets a gradient if it requires one. A
             MemoryQueue or IndexedBank: its filled rows, without gradient, in the bank's own dtype.
+            (B, M, D): M negatives of each query's own, as a (K, D) tensor otherwise.
         temperature: t > 0; a number, or a 0-d tensor, which gets a gradient if it requires one.
         objective: "infonce".
         normalize: L2-normalise query, positive and explicit negatives (a bank keeps its own rows
@@ -68,8 +70,11 @@ def contrastive_loss(
         labels: (B,) integers. Negatives of the query's own label are left out. With a (K, D) tensor
             `negative_labels` must be given too, a bank has its own, in-batch they are `labels`
             again.
-        negative_labels: (K,) integers, for a (K, D) tensor only.
-        negative_index: not built yet.
+        negative_labels: (K,) integers for a (K, D) tensor, (B, M) for a (B, M, D) one.
+        negative_index: (B, M) integers in [0, K): only these rows of a (K, D) tensor or bank count
+            for each query, one that is named twice counts twice. Rows are gathered inside the
+            kernel, nothing of size B x M x D is made. The whole bank often costs little more: a
+            dense pass reads it once for all queries.
         exclude_index: (B,) integers, the row of the negatives that is this query's own example, -1
             for none. In-batch the own row is left out anyway. The range is checked on the CPU only.
         weight: (B,) factor on each query's loss, before the reduction.
@@ -82,8 +87,7 @@ def contrastive_loss(
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or value; the message names the
         argument.
-        NotImplementedError: objective "nce", symmetric=True, negative_index, per-query (B, M, D)
-        negatives.
+        NotImplementedError: objective "nce", symmetric=True.
         RuntimeError: the named backend can't run here.
 
     Example:
@@ -94,28 +98,24 @@ def contrastive_loss(
         eq. 4; He et al. 2020, Momentum Contrast, eq. 1.
     """
     check_options(objective, reduction, symmetric)
-    if negative_index is not None:
-        raise NotImplementedError("`negative_index` (sampled negatives) is not built yet")
     _check_pair(query, positive_key)
     inv_temperature = _inverse(temperature)
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, p = query.to(compute), positive_key.to(compute)
     if normalize:
         q, p = F.normalize(q, dim=1, eps=EPS), F.normalize(p, dim=1, eps=EPS)
-    negatives = choose_negatives(query, p, negative_keys, normalize)
-    own_labels, bank_labels = choose_labels(query, negatives, labels, negative_labels)
-    loss = bank_contrast(
-        q.contiguous(),
-        p.contiguous(),
-        negatives.rows,
-        inv_temperature,
+    negatives = choose_negatives(query, p, negative_keys, negative_index, normalize)
+    vectors = (q.contiguous(), p.contiguous(), negatives.rows, inv_temperature)
+    picks = (
         negatives.scale,
-        own_labels,
-        bank_labels,
+        *choose_labels(query, negatives, labels, negative_labels),
         choose_exclusion(query, negatives, exclude_index),
         negatives.valid,
-        backend=backend,
     )
+    if negatives.index is None:
+        loss = bank_contrast(*vectors, *picks, backend=backend)
+    else:
+        loss = indexed_contrast(*vectors, negatives.index, *picks, backend=backend)
     return _reduce(loss, weight, reduction)
 
 

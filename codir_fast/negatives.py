@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codir_fast.checks import (
+    INTEGERS,
     check_device,
     check_float_dtype,
     check_index,
     check_integers,
     check_same_dtype,
+    check_tensor,
 )
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 
@@ -30,28 +32,61 @@ class ChosenNegatives:
     rows: Tensor
     scale: Tensor | None = None
     valid: Tensor | None = None
+    index: Tensor | None = None
     source: Negatives = None
 
 
 def choose_negatives(
-    query: Tensor, positive: Tensor, negative_keys: Negatives, normalize: bool
+    query: Tensor,
+    positive: Tensor,
+    negative_keys: Negatives,
+    negative_index: Tensor | None,
+    normalize: bool,
 ) -> ChosenNegatives:
     if negative_keys is None:
+        if negative_index is not None:
+            raise ValueError("`negative_index` needs `negative_keys`, a (K, D) tensor or a bank")
         return ChosenNegatives(positive.contiguous())
     if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
         _check_bank(query, negative_keys)
         valid = None if negative_keys.is_full else negative_keys.valid
-        return ChosenNegatives(negative_keys.rows, valid=valid, source=negative_keys)
-    _check_explicit(query, negative_keys)
+        chosen = ChosenNegatives(negative_keys.rows, valid=valid, source=negative_keys)
+    else:
+        _check_explicit(query, negative_keys)
+        chosen = _explicit(negative_keys.flatten(0, -2), positive.dtype, normalize)
+        chosen.source = negative_keys
+        if negative_keys.ndim == 3:  # row b * M + m of the flat tensor belongs to query b alone
+            if negative_index is not None:
+                raise ValueError("`negative_index` needs `negative_keys` shared by all queries")
+            B, M, _ = negative_keys.shape
+            chosen.index = torch.arange(B * M, device=query.device).view(B, M)
+            return chosen
+    if negative_index is not None:
+        chosen.index = _check_index(query, negative_index, chosen.rows.shape[0])
+    return chosen
+
+
+def _explicit(rows: Tensor, wide: torch.dtype, normalize: bool) -> ChosenNegatives:
     if not normalize:
-        return ChosenNegatives(negative_keys.contiguous(), source=negative_keys)
-    wide = positive.dtype
-    if negative_keys.requires_grad and torch.is_grad_enabled():
-        rows = F.normalize(negative_keys.to(wide), dim=1, eps=EPS)
-        return ChosenNegatives(rows.contiguous(), source=negative_keys)
+        return ChosenNegatives(rows.contiguous())
+    if rows.requires_grad and torch.is_grad_enabled():
+        return ChosenNegatives(F.normalize(rows.to(wide), dim=1, eps=EPS).contiguous())
     # Without gradient the kernel scales the rows as it reads them, and no normalised copy is made.
-    scale = _inverse_norm(negative_keys.detach(), wide)
-    return ChosenNegatives(negative_keys.contiguous(), scale=scale, source=negative_keys)
+    return ChosenNegatives(rows.contiguous(), scale=_inverse_norm(rows.detach(), wide))
+
+
+def _check_index(query: Tensor, index: Tensor, K: int) -> Tensor:
+    B = query.shape[0]
+    check_tensor("negative_index", index)
+    if index.dtype not in INTEGERS:
+        raise TypeError(f"`negative_index` must be of an integer dtype, got {index.dtype}")
+    if index.ndim != 2 or index.shape[0] != B:
+        raise ValueError(
+            f"`negative_index` must have shape (B, M) with B={B}, got {tuple(index.shape)}"
+        )
+    check_device("negative_index", index, query.device, "`query`")
+    check_index("negative_index", index, 0, K)
+    return index.to(torch.int64).contiguous()
 
 
 def _inverse_norm(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,15 +114,15 @@ def _check_explicit(query: Tensor, negative_keys: Tensor) -> None:
             "`negative_keys` must be None, a Tensor, a MemoryQueue or an IndexedBank, "
             f"got {type(negative_keys).__name__}"
         )
-    if negative_keys.ndim == 3:
-        raise NotImplementedError("`negative_keys` (B, M, D), one set per query, is not built yet")
-    D = query.shape[1]
-    if negative_keys.ndim != 2 or negative_keys.shape[1] != D:
+    B, D = query.shape
+    shared = negative_keys.ndim == 2
+    own = negative_keys.ndim == 3 and negative_keys.shape[0] == B
+    if not (shared or own) or negative_keys.shape[-1] != D:
         raise ValueError(
-            f"`negative_keys` must have shape (K, D) with D={D} as `query`, "
+            f"`negative_keys` must have shape (K, D) or (B, M, D) with B={B}, D={D} as `query`, "
             f"got {tuple(negative_keys.shape)}"
         )
-    if negative_keys.shape[0] == 0:
+    if negative_keys.shape[-2] == 0:
         raise ValueError(
             f"`negative_keys` must have at least one row, got {tuple(negative_keys.shape)}"
         )
@@ -99,17 +134,20 @@ def _check_explicit(query: Tensor, negative_keys: Tensor) -> None:
 def choose_labels(
     query: Tensor, negatives: ChosenNegatives, labels: Tensor | None, negative_labels: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    source, explicit = negatives.source, isinstance(negatives.source, Tensor)
-    if negative_labels is not None and not explicit:
-        raise ValueError("`negative_labels` needs `negative_keys` given as a (K, D) tensor")
+    source = negatives.source
+    if negative_labels is not None and not isinstance(source, Tensor):
+        raise ValueError("`negative_labels` needs `negative_keys` given as a tensor")
     if labels is None:
         if negative_labels is not None:
             raise ValueError("`negative_labels` needs `labels`, got None")
         return None, None
     labels = _as_int64("labels", labels, query, "B", query.shape[0])
-    if explicit:
+    if isinstance(source, Tensor):
         if negative_labels is None:
-            raise ValueError("`labels` with a (K, D) `negative_keys` needs `negative_labels`")
+            raise ValueError("`labels` with a tensor as `negative_keys` needs `negative_labels`")
+        if source.ndim == 3:
+            _check_own_labels(negative_labels, source)
+            negative_labels = negative_labels.flatten()
         K = negatives.rows.shape[0]
         return labels, _as_int64("negative_labels", negative_labels, query, "K", K)
     if isinstance(source, (MemoryQueue, IndexedBank)):
@@ -117,6 +155,16 @@ def choose_labels(
             raise ValueError("`labels` needs a bank that has labels; `negative_keys` has none")
         return labels, source.row_labels
     return labels, labels
+
+
+def _check_own_labels(negative_labels: Tensor, negative_keys: Tensor) -> None:
+    check_tensor("negative_labels", negative_labels)
+    B, M, _ = negative_keys.shape
+    if negative_labels.shape != (B, M):
+        raise ValueError(
+            f"`negative_labels` must have shape (B, M) with B={B}, M={M} as `negative_keys`, "
+            f"got {tuple(negative_labels.shape)}"
+        )
 
 
 def choose_exclusion(
@@ -131,6 +179,8 @@ def choose_exclusion(
         return torch.arange(B, device=query.device)
     if exclude_index is None:
         return None
+    if isinstance(negatives.source, Tensor) and negatives.source.ndim == 3:
+        raise ValueError("`exclude_index` needs `negative_keys` shared by all queries")
     exclude_index = _as_int64("exclude_index", exclude_index, query, "B", B)
     check_index("exclude_index", exclude_index, -1, K)
     return exclude_index

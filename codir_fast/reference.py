@@ -87,6 +87,36 @@ def bank_contrast(
     return lse - positive_logit[:, 0]
 
 
+def indexed_contrast(
+    query: Tensor,
+    positive: Tensor,
+    bank: Tensor,
+    inv_temperature: Tensor | float,
+    index: Tensor,
+    bank_scale: Tensor | None = None,
+    labels: Tensor | None = None,
+    bank_labels: Tensor | None = None,
+    exclude_index: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """InfoNCE of each query against the allowed ones of its own rows index[i], (B,).
+
+    As bank_contrast with A_i the positions m whose row index[i, m] is allowed; a row that is named
+    twice counts twice.
+    """
+    masks = (labels, bank_labels, exclude_index, valid)
+    allowed = allowed_negatives(len(query), bank, *masks).gather(1, index)
+    rows = bank[index].to(query.dtype)
+    if bank_scale is not None:
+        rows = rows * bank_scale[index][:, :, None]
+    rows = torch.where(allowed[:, :, None], rows, 0)
+    positive_logit = (query * positive).sum(1, keepdim=True) * inv_temperature
+    logits = torch.einsum("bd,bmd->bm", query, rows) * inv_temperature
+    negative_logits = logits.masked_fill(~allowed, -torch.inf)
+    lse = torch.logsumexp(torch.cat([positive_logit, negative_logits], dim=1), dim=1)
+    return lse - positive_logit[:, 0]
+
+
 def bank_update(
     bank: Tensor, index: Tensor, keys: Tensor, momentum: float, filled: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:

@@ -17,6 +17,7 @@
 #include "bank_contrast.h"
 #include "bank_update.h"
 #include "executor.h"
+#include "indexed_contrast.h"
 #include "masked_pool.h"
 
 namespace codir_fast {
@@ -255,44 +256,123 @@ BankContrastArguments bank_contrast_arguments(const Tensor& query, const Tensor&
   return arguments;
 }
 
+// Allocates the outputs and runs a kernel on them: run(outputs, positive data) -> Status.
+template <typename Run>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrast(const char* op, const Tensor& query,
+                                                            const Tensor& positive_view,
+                                                            const BankContrastInputs& view,
+                                                            const Run& run) {
+  const std::int64_t B = view.B, D = view.D;
+  check_size(positive_view, "positive", {B, D});
+  check_dtype(positive_view, "positive", query.scalar_type(), "of query's dtype");
+  const Tensor positive = torch::stable::contiguous(positive_view);
+  Tensor loss = new_tensor(query, {B}), lse = new_tensor(query, {B});
+  Tensor dquery = new_tensor(query, {B, D}), dpositive = new_tensor(query, {B, D});
+  Tensor dinv_temperature = new_tensor(query, {B});
+  check_status(run({loss.mutable_data_ptr(), lse.mutable_data_ptr(), dquery.mutable_data_ptr(),
+                    dpositive.mutable_data_ptr(), dinv_temperature.mutable_data_ptr()},
+                   positive.const_data_ptr()),
+               op);
+  return {loss, lse, dquery, dpositive, dinv_temperature};
+}
+
+// Allocates the bank's gradient and runs a kernel: run(dbank, grad_loss data, lse data) -> Status.
+template <typename Run>
+Tensor contrast_backward(const char* op, const Tensor& grad_loss_view, const Tensor& lse_view,
+                         const Tensor& query, const Tensor& bank, const Run& run) {
+  const auto per_query = [&](const Tensor& tensor, const char* name) {
+    return *vector_argument(tensor, name, query.size(0), query.scalar_type(), "of query's dtype");
+  };
+  const Tensor grad_loss = per_query(grad_loss_view, "grad_loss"), lse = per_query(lse_view, "lse");
+  Tensor dbank = new_tensor(bank, {bank.size(0), bank.size(1)});
+  check_status(run(dbank.mutable_data_ptr(), grad_loss.const_data_ptr(), lse.const_data_ptr()), op);
+  return dbank;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_contrast(
-    const Tensor& query, const Tensor& positive_view, const Tensor& bank,
-    const Tensor& inv_temperature, const OptionalTensor& bank_scale, const OptionalTensor& labels,
+    const Tensor& query, const Tensor& positive, const Tensor& bank, const Tensor& inv_temperature,
+    const OptionalTensor& bank_scale, const OptionalTensor& labels,
     const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
     const OptionalTensor& valid) {
   const BankContrastArguments arguments = bank_contrast_arguments(
       query, bank, inv_temperature, bank_scale, labels, bank_labels, exclude_index, valid);
-  const std::int64_t B = arguments.view.B, D = arguments.view.D;
-  check_size(positive_view, "positive", {B, D});
-  check_dtype(positive_view, "positive", query.scalar_type(), "of query's dtype");
-  const Tensor positive = torch::stable::contiguous(positive_view);
-  Tensor loss = new_tensor(query, {B}), lse = new_tensor(query, {B}),
-         dinv_temperature = new_tensor(query, {B});
-  Tensor dquery = new_tensor(query, {B, D}), dpositive = new_tensor(query, {B, D});
-  check_status(
-      bank_contrast_cpu({loss.mutable_data_ptr(), lse.mutable_data_ptr(), dquery.mutable_data_ptr(),
-                         dpositive.mutable_data_ptr(), dinv_temperature.mutable_data_ptr()},
-                        positive.const_data_ptr(), arguments.view, torch_executor()),
-      "bank_contrast");
-  return {loss, lse, dquery, dpositive, dinv_temperature};
+  return contrast("bank_contrast", query, positive, arguments.view,
+                  [&](const BankContrastOutputs& outputs, const void* positive_data) {
+                    return bank_contrast_cpu(outputs, positive_data, arguments.view,
+                                             torch_executor());
+                  });
 }
 
-Tensor bank_contrast_backward(const Tensor& grad_loss_view, const Tensor& query, const Tensor& bank,
-                              const Tensor& inv_temperature, const Tensor& lse_view,
+Tensor bank_contrast_backward(const Tensor& grad_loss, const Tensor& query, const Tensor& bank,
+                              const Tensor& inv_temperature, const Tensor& lse,
                               const OptionalTensor& bank_scale, const OptionalTensor& labels,
                               const OptionalTensor& bank_labels,
                               const OptionalTensor& exclude_index, const OptionalTensor& valid) {
   const BankContrastArguments arguments = bank_contrast_arguments(
       query, bank, inv_temperature, bank_scale, labels, bank_labels, exclude_index, valid);
-  const Tensor grad_loss = *vector_argument(grad_loss_view, "grad_loss", arguments.view.B,
-                                            query.scalar_type(), "of query's dtype");
-  const Tensor lse =
-      *vector_argument(lse_view, "lse", arguments.view.B, query.scalar_type(), "of query's dtype");
-  Tensor dbank = new_tensor(bank, {arguments.view.K, arguments.view.D});
-  check_status(bank_contrast_backward_cpu(dbank.mutable_data_ptr(), grad_loss.const_data_ptr(),
-                                          lse.const_data_ptr(), arguments.view, torch_executor()),
-               "bank_contrast_backward");
-  return dbank;
+  return contrast_backward("bank_contrast_backward", grad_loss, lse, query, bank,
+                           [&](void* dbank, const void* grad_data, const void* lse_data) {
+                             return bank_contrast_backward_cpu(dbank, grad_data, lse_data,
+                                                               arguments.view, torch_executor());
+                           });
+}
+
+struct IndexedContrastArguments {
+  BankContrastArguments bank;
+  Tensor index;
+  IndexedContrastInputs view;
+};
+
+IndexedContrastArguments indexed_contrast_arguments(
+    const Tensor& query, const Tensor& bank, const Tensor& inv_temperature,
+    const Tensor& index_view, const OptionalTensor& bank_scale, const OptionalTensor& labels,
+    const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
+    const OptionalTensor& valid) {
+  IndexedContrastArguments arguments{
+      bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
+                              exclude_index, valid),
+      torch::stable::contiguous(index_view),
+      {}};
+  const BankContrastInputs& view = arguments.bank.view;
+  const Tensor& index = arguments.index;
+  STD_TORCH_CHECK(index.dim() == 2, "`index` must have shape (B, M)");
+  check_size(index, "index", {view.B, index.size(1)});
+  check_dtype(index, "index", ScalarType::Long, "int64");
+  const std::int64_t* row = index.const_data_ptr<std::int64_t>();
+  for (std::int64_t n = 0; n < index.numel(); ++n) {
+    STD_TORCH_CHECK(row[n] >= 0 && row[n] < view.K, "`index` must be in [0, ", view.K, "), got ",
+                    row[n]);
+  }
+  arguments.view = {view, row, index.size(1)};
+  return arguments;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> indexed_contrast(
+    const Tensor& query, const Tensor& positive, const Tensor& bank, const Tensor& inv_temperature,
+    const Tensor& index, const OptionalTensor& bank_scale, const OptionalTensor& labels,
+    const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
+    const OptionalTensor& valid) {
+  const IndexedContrastArguments arguments = indexed_contrast_arguments(
+      query, bank, inv_temperature, index, bank_scale, labels, bank_labels, exclude_index, valid);
+  return contrast("indexed_contrast", query, positive, arguments.bank.view,
+                  [&](const BankContrastOutputs& outputs, const void* positive_data) {
+                    return indexed_contrast_cpu(outputs, positive_data, arguments.view,
+                                                torch_executor());
+                  });
+}
+
+Tensor indexed_contrast_backward(const Tensor& grad_loss, const Tensor& query, const Tensor& bank,
+                                 const Tensor& inv_temperature, const Tensor& lse,
+                                 const Tensor& index, const OptionalTensor& bank_scale,
+                                 const OptionalTensor& labels, const OptionalTensor& bank_labels,
+                                 const OptionalTensor& exclude_index, const OptionalTensor& valid) {
+  const IndexedContrastArguments arguments = indexed_contrast_arguments(
+      query, bank, inv_temperature, index, bank_scale, labels, bank_labels, exclude_index, valid);
+  return contrast_backward("indexed_contrast_backward", grad_loss, lse, query, bank,
+                           [&](void* dbank, const void* grad_data, const void* lse_data) {
+                             return indexed_contrast_backward_cpu(dbank, grad_data, lse_data,
+                                                                  arguments.view, torch_executor());
+                           });
 }
 
 void bank_update(Tensor bank, const Tensor& index_view, const Tensor& keys_view, double momentum,
@@ -327,6 +407,13 @@ void bank_update(Tensor bank, const Tensor& index_view, const Tensor& keys_view,
 }  // namespace
 }  // namespace codir_fast
 
+// What picks and scales the negatives, and what a contrastive operator gives.
+#define NEGATIVES                                                            \
+  "Tensor? bank_scale=None, Tensor? labels=None, Tensor? bank_labels=None, " \
+  "Tensor? exclude_index=None, Tensor? valid=None"
+#define LOSS_AND_GRADIENTS \
+  "(Tensor loss, Tensor lse, Tensor dquery, Tensor dpositive, Tensor dinv_temperature)"
+
 STABLE_TORCH_LIBRARY(codir_fast, m) {
   m.def(
       "masked_pool(Tensor[] hidden_states, Tensor? attention_mask, str mode) -> (Tensor pooled, "
@@ -336,17 +423,17 @@ STABLE_TORCH_LIBRARY(codir_fast, m) {
       "SymInt num_tokens, "
       "str mode) -> Tensor");
   m.def(
-      "bank_contrast(Tensor query, Tensor positive, Tensor bank, Tensor inv_temperature, Tensor? "
-      "bank_scale=None, "
-      "Tensor? labels=None, Tensor? bank_labels=None, Tensor? exclude_index=None, Tensor? "
-      "valid=None) "
-      "-> (Tensor loss, Tensor lse, Tensor dquery, Tensor dpositive, Tensor dinv_temperature)");
+      "bank_contrast(Tensor query, Tensor positive, Tensor bank, Tensor inv_temperature, " NEGATIVES
+      ") -> " LOSS_AND_GRADIENTS);
   m.def(
       "bank_contrast_backward(Tensor grad_loss, Tensor query, Tensor bank, Tensor inv_temperature, "
-      "Tensor lse, "
-      "Tensor? bank_scale=None, Tensor? labels=None, Tensor? bank_labels=None, Tensor? "
-      "exclude_index=None, "
-      "Tensor? valid=None) -> Tensor");
+      "Tensor lse, " NEGATIVES ") -> Tensor");
+  m.def(
+      "indexed_contrast(Tensor query, Tensor positive, Tensor bank, Tensor inv_temperature, "
+      "Tensor index, " NEGATIVES ") -> " LOSS_AND_GRADIENTS);
+  m.def(
+      "indexed_contrast_backward(Tensor grad_loss, Tensor query, Tensor bank, "
+      "Tensor inv_temperature, Tensor lse, Tensor index, " NEGATIVES ") -> Tensor");
   m.def(
       "bank_update(Tensor(a!) bank, Tensor index, Tensor keys, float momentum, Tensor(b!)? "
       "filled=None) -> ()");
@@ -357,5 +444,7 @@ STABLE_TORCH_LIBRARY_IMPL(codir_fast, CPU, m) {
   m.impl("masked_pool_backward", TORCH_BOX(&codir_fast::masked_pool_backward));
   m.impl("bank_contrast", TORCH_BOX(&codir_fast::bank_contrast));
   m.impl("bank_contrast_backward", TORCH_BOX(&codir_fast::bank_contrast_backward));
+  m.impl("indexed_contrast", TORCH_BOX(&codir_fast::indexed_contrast));
+  m.impl("indexed_contrast_backward", TORCH_BOX(&codir_fast::indexed_contrast_backward));
   m.impl("bank_update", TORCH_BOX(&codir_fast::bank_update));
 }
