@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from codir_fast import _C, backends
+from codir_fast.errors import UsageError
 from codir_fast.version import __version__
 
 PACKAGES = (
@@ -26,9 +27,11 @@ def run(arguments: list[str]) -> int:
     """Prints the report, as text or with --json as one JSON object."""
     parser = argparse.ArgumentParser(prog="codir-fast doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    as_json = parser.parse_args(arguments).json
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise UsageError(f"doctor has no flag {unknown[0]}; doctor --help lists them")
     report = diagnose()
-    print(json.dumps(report, indent=2) if as_json else as_text(report))
+    print(json.dumps(report, indent=2) if options.json else as_text(report))
     return 0
 
 

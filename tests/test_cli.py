@@ -26,6 +26,11 @@ def test_unknown_command_is_one_line(capsys):
     assert "got 'destill'" in error
 
 
+def test_doctor_refuses_an_unknown_flag_in_one_line(capsys):
+    assert main(["doctor", "--jsn"]) == 2
+    assert capsys.readouterr().err.startswith("codir-fast: error: doctor has no flag --jsn")
+
+
 def test_doctor_tells_backends_and_reasons(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out

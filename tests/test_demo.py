@@ -47,7 +47,7 @@ def test_finished_step_is_kept_and_a_changed_one_is_done_again(demo, tmp_path, m
 
     def run(command, *arguments):
         output = Path(arguments[-1])
-        (output / "checkpoint-1").mkdir(parents=True)
+        output.mkdir(parents=True)
         (output / "model.safetensors").write_text(str(len(runs)))
         runs.append(arguments)
 
@@ -63,6 +63,38 @@ def test_finished_step_is_kept_and_a_changed_one_is_done_again(demo, tmp_path, m
     assert len(runs) == 3
     assert sorted(path.name for path in output.iterdir()) == ["demo.json", "model.safetensors"]
     assert not output.with_suffix(".partial").exists()
+
+
+def test_failed_step_leaves_the_earlier_one(demo, tmp_path, monkeypatch):
+    output = tmp_path / "teacher"
+    output.mkdir()
+    (output / "model.safetensors").write_text("good")
+
+    def run(command, *arguments):
+        partial = Path(arguments[-1])
+        partial.mkdir()
+        (partial / "model.safetensors").write_text("half")
+        raise SystemExit("demo: codir-fast finetune ended with exit code 1")
+
+    monkeypatch.setattr(demo, "codir_fast", run)
+    with pytest.raises(SystemExit):
+        demo.train(output, "finetune", [], [])
+    assert (output / "model.safetensors").read_text() == "good"
+
+
+def test_evaluation_is_kept_for_the_same_examples(demo, tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, *arguments):
+        asked.append(arguments)
+        return json.dumps({"accuracy": len(asked) / 10})
+
+    monkeypatch.setattr(demo, "codir_fast", run)
+    examples = tmp_path / "validation.csv"
+    examples.write_text("a")
+    assert [demo.evaluate(tmp_path, examples)["accuracy"] for _ in range(2)] == [0.1, 0.1]
+    examples.write_text("b")
+    assert demo.evaluate(tmp_path, examples)["accuracy"] == 0.2
 
 
 def test_report_has_table_and_pictures(demo, tmp_path):

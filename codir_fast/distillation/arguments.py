@@ -1,5 +1,6 @@
 """Flags of finetune, distill and evaluate, and their reading."""
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,23 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from codir_fast.errors import UsageError
+
+# Smallest and largest value of the TrainingArguments that do not check themselves.
+LARGEST = 1e9
+NUMBERS = {
+    "per_device_train_batch_size": (1, LARGEST),
+    "per_device_eval_batch_size": (1, LARGEST),
+    "gradient_accumulation_steps": (1, LARGEST),
+    "num_train_epochs": (0, LARGEST),
+    "learning_rate": (0, LARGEST),
+    "weight_decay": (0, LARGEST),
+    "max_grad_norm": (0, LARGEST),
+    "adam_beta1": (0, 0.999999),
+    "adam_beta2": (0, 0.999999),
+    "adam_epsilon": (0, LARGEST),
+    "dataloader_num_workers": (0, LARGEST),
+    "seed": (0, 2**32 - 1),
+}
 
 
 @dataclass
@@ -26,6 +44,8 @@ class TextArguments:
     def __post_init__(self) -> None:
         if self.max_seq_length < 1:
             raise ValueError(f"`max_seq_length` must be at least 1, got {self.max_seq_length}")
+        if self.text_column == self.label_column:
+            raise ValueError(f"`label_column` must not be the `text_column`, {self.text_column!r}")
 
 
 @dataclass
@@ -98,6 +118,8 @@ def parse(command: str, classes: tuple[Any, ...], arguments: list[str], **defaul
         *filled, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True
         )
+    except UsageError:
+        raise
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise UsageError(f"{command}: {error}") from error
     if unknown:
@@ -123,6 +145,14 @@ def training_defaults(arguments: list[str]) -> dict[str, Any]:
     }
 
 
+def check_numbers(training: TrainingArguments) -> None:
+    """Refuses numbers that TrainingArguments takes and that fail, or do nothing, later."""
+    for name, (lowest, highest) in NUMBERS.items():
+        value = getattr(training, name)
+        if not lowest <= value <= highest:  # NaN is refused too
+            raise UsageError(f"`{name}` must be in [{lowest}, {highest:.10g}], got {value}")
+
+
 def check_output(training: TrainingArguments, output: OutputArguments) -> None:
     """Refuses to mix a run with what is there, before anything is written."""
     if training.output_dir is None:
@@ -130,6 +160,11 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
     directory = Path(training.output_dir)
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"`output_dir` must be a folder, {directory} is a file")
+    there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"`output_dir` {directory} can't be made or written: {there} is no folder to write in"
+        )
     used = directory.is_dir() and any(directory.iterdir())
     if used and not (output.overwrite_output_dir or training.resume_from_checkpoint):
         raise UsageError(
@@ -144,8 +179,11 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() != "true":
-        if not Path(wanted).is_dir():
-            raise UsageError(f"`resume_from_checkpoint` must be a folder, got {wanted}")
+        if not (Path(wanted) / "trainer_state.json").is_file():
+            raise UsageError(
+                f"`resume_from_checkpoint` must be the folder of a checkpoint, {wanted} has no "
+                "trainer_state.json"
+            )
         return wanted
     directory = str(training.output_dir)
     last = get_last_checkpoint(directory) if Path(directory).is_dir() else None

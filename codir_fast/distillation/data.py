@@ -1,10 +1,20 @@
 """Labelled texts from files or the hub, and their tokens."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+)
 from datasets.exceptions import DatasetGenerationError
+from datasets.utils import logging
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
@@ -23,7 +33,13 @@ def load_examples(data: DataArguments, seed: int) -> tuple[Dataset, Dataset | No
     if data.validation_file is not None:
         validation = read_file("validation_file", data.validation_file)
     elif data.validation_split > 0:
-        parts = train.train_test_split(test_size=data.validation_split, seed=seed)
+        held_out = round(data.validation_split * len(train))
+        if not 0 < held_out < len(train):
+            raise UsageError(
+                f"`validation_split` {data.validation_split} of {len(train)} examples leaves "
+                "nothing to train or to evaluate on"
+            )
+        parts = train.train_test_split(test_size=held_out, seed=seed)
         train, validation = parts["train"], parts["test"]
     if data.max_train_samples is not None:
         train = train.select(range(min(data.max_train_samples, len(train))))
@@ -47,10 +63,25 @@ def read_file(name: str, path: str) -> Dataset:
     if suffix not in FORMATS:
         raise UsageError(f"`{name}` must end in {', '.join(FORMATS)}, got {path}")
     try:
-        return load_dataset(FORMATS[suffix], data_files=path, split="train")
+        with _quiet():
+            return load_dataset(FORMATS[suffix], data_files=path, split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         raise UsageError(f"`{name}` can't be read as {suffix[1:]}, {path}: {cause}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps datasets from telling an error that our one line tells."""
+    level, bars = logging.get_verbosity(), are_progress_bars_disabled()
+    logging.set_verbosity(logging.CRITICAL)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if not bars:
+            enable_progress_bars()
 
 
 def _from_hub(name: str) -> tuple[Dataset, Dataset | None]:

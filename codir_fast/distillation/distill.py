@@ -1,6 +1,7 @@
 """`codir-fast distill`: a smaller student from a fine-tuned teacher, by CoDIR."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments, set_seed
@@ -21,8 +22,8 @@ from codir_fast.distillation.loading import (
 )
 from codir_fast.distillation.model import DistillationModel
 from codir_fast.distillation.student import student_from_teacher
-from codir_fast.distillation.trainer import DistillationTrainer
-from codir_fast.distillation.training import accuracy, train_and_save
+from codir_fast.distillation.trainer import DistillationTrainer, check_arguments, load_checkpoint
+from codir_fast.distillation.training import Accuracy, train_and_save
 from codir_fast.errors import UsageError
 
 
@@ -56,6 +57,11 @@ def run(arguments: list[str]) -> int:
     defaults = args.training_defaults(arguments) | {"num_train_epochs": 2.0, "learning_rate": 1e-4}
     models, config, data, output, training = args.parse("distill", classes, arguments, **defaults)
     data.check_training()
+    args.check_numbers(training)
+    try:
+        check_arguments(training, config)
+    except ValueError as error:
+        raise UsageError(f"distill: {error}") from error
     args.check_output(training, output)
     resume = args.checkpoint_to_resume(training)
 
@@ -66,17 +72,22 @@ def run(arguments: list[str]) -> int:
     check_evaluation(training, validation)
     label2id = known_labels(teacher.config)
     labels = label_ids(train, "train_file", label2id)
-    longest = getattr(teacher.config, "max_position_embeddings", data.max_seq_length)
-    train_set = tokenize(train, tokenizer, labels, data.max_seq_length, longest)
-    eval_set = None
-    if validation is not None:
-        eval_labels = label_ids(validation, "validation_file", label2id)
-        eval_set = tokenize(validation, tokenizer, eval_labels, data.max_seq_length, longest)
+    eval_labels = label_ids(validation, "validation_file", label2id) if validation else []
     try:
         student = _student(models, teacher, config)
         model = DistillationModel(student, teacher, config, torch.tensor(labels))
+        if resume is not None:  # Trainer loads it again, after it has made the output folder
+            load_checkpoint(model, Path(resume))
     except ValueError as error:
         raise UsageError(f"distill: {error}") from error
+    longest = min(
+        getattr(side.config, "max_position_embeddings", data.max_seq_length)
+        for side in (student, teacher)
+    )
+    train_set = tokenize(train, tokenizer, labels, data.max_seq_length, longest)
+    eval_set = None
+    if validation is not None:
+        eval_set = tokenize(validation, tokenizer, eval_labels, data.max_seq_length, longest)
     trainer = DistillationTrainer(
         model,
         training,
@@ -84,7 +95,7 @@ def run(arguments: list[str]) -> int:
         eval_dataset=eval_set,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=accuracy,
+        compute_metrics=Accuracy(),
     )
     train_and_save(trainer, training, resume)
     return 0

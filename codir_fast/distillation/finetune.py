@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
 from codir_fast.distillation import arguments as args
 from codir_fast.distillation.data import (
@@ -13,7 +13,8 @@ from codir_fast.distillation.data import (
     tokenize,
 )
 from codir_fast.distillation.loading import load_classifier, load_tokenizer
-from codir_fast.distillation.training import accuracy, train_and_save
+from codir_fast.distillation.sampling import ResumableTrainer
+from codir_fast.distillation.training import Accuracy, train_and_save
 
 
 @dataclass
@@ -29,6 +30,7 @@ def run(arguments: list[str]) -> int:
     defaults = args.training_defaults(arguments) | {"num_train_epochs": 2.0, "learning_rate": 5e-5}
     model_args, data, output, training = args.parse("finetune", classes, arguments, **defaults)
     data.check_training()
+    args.check_numbers(training)
     args.check_output(training, output)
     resume = args.checkpoint_to_resume(training)
 
@@ -56,14 +58,14 @@ def run(arguments: list[str]) -> int:
         )
         for examples, flag in ((train, "train_file"), (validation, "validation_file"))
     ]
-    trainer = Trainer(
+    trainer = ResumableTrainer(
         model,
         training,
         train_dataset=sets[0],
         eval_dataset=sets[1],
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=accuracy,
+        compute_metrics=Accuracy(),
     )
     train_and_save(trainer, training, resume)
     return 0

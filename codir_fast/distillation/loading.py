@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -15,7 +16,11 @@ from codir_fast.errors import UsageError
 
 
 def load_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
-    return _load(flag, name, AutoTokenizer)
+    tokenizer = _load(flag, name, AutoTokenizer)
+    # Without its files, transformers makes an empty one: every word would be unknown.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UsageError(f"`{flag}` must have a tokenizer, {name} has no vocabulary")
+    return tokenizer
 
 
 def load_classifier(flag: str, name: str, **options: Any) -> Any:
@@ -40,14 +45,18 @@ def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:
         raise UsageError(f"`{flag}` must be a model, the folder {name} has no config.json")
     if not is_folder and (Path(name).is_absolute() or name.startswith((".", "~"))):
         raise UsageError(f"`{flag}` must be a model's folder or hub name, there is no {name}")
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # what is missing is told by the callers, in one line
+    if is_folder:  # nothing to wait for; a download keeps its bar
+        logging.disable_progress_bar()
     try:
         return kind.from_pretrained(
             name, trust_remote_code=False, local_files_only=is_folder, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"`{flag}` can't be loaded from {name}: {first}") from error
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -171,7 +171,14 @@ class DistillationModel(nn.Module):
             )
         self.load_state_dict(state, strict=False)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def get_input_embeddings(self) -> nn.Module:
+        """The student's, where Trainer adds NEFTune's noise."""
+        return self.student.get_input_embeddings()
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.student.activation_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:  # the older name
         self.student.gradient_checkpointing_enable(**kwargs)
 
 

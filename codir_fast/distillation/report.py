@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # files only, no display
 import matplotlib.pyplot as plt
 
-TERMS = {"ce": "cross-entropy", "kd": "KD (teacher's logits)", "codir": "CoDIR (contrastive)"}
+TERMS = {"ce": "cross-entropy", "kd": "KD, T² KL(teacher, student)", "codir": "CoDIR (contrastive)"}
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 

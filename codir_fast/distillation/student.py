@@ -30,6 +30,8 @@ def student_from_teacher(
         source.update(layer_pairs(layer_mapping, num_layers, total))
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = num_layers
+    if isinstance(getattr(config, "layer_types", None), list):  # each layer keeps its attention
+        config.layer_types = [config.layer_types[source[i] - 1] for i in range(1, num_layers + 1)]
     student = type(teacher)(config)
 
     stack = _layer_stack(teacher, total)

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
+from codir_fast.distillation.config import DistillationConfig
 from codir_fast.distillation.model import DistillationModel
+from codir_fast.distillation.sampling import ResumableTrainer
 
 STATE_FILE = "distillation_state.safetensors"
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """Trains a DistillationModel; accumulation, precision, resume and trackers are Trainer's.
 
     A checkpoint is the student in transformers' own format, with its tokenizer, and beside it
@@ -25,7 +28,7 @@ class DistillationTrainer(Trainer):
 
     Raises:
         ValueError: `model` is no DistillationModel; or more than one process, for which the bank is
-            not built yet.
+            not built yet; or several GPUs in one process.
         NotImplementedError: label smoothing.
     """
 
@@ -34,13 +37,8 @@ class DistillationTrainer(Trainer):
     ) -> None:
         if not isinstance(model, DistillationModel):
             raise ValueError(f"`model` must be a DistillationModel, got {type(model).__name__}")
-        if args is not None and args.label_smoothing_factor != 0:
-            raise NotImplementedError("`label_smoothing_factor` is not built for distillation yet")
-        if args is not None and args.world_size > 1 and model.distillation_config.codir_weight > 0:
-            raise ValueError(
-                "`codir_weight` > 0 needs one process: each process would fill a bank of its own, "
-                f"got {args.world_size} processes"
-            )
+        if args is not None:
+            check_arguments(args, model.distillation_config)
         super().__init__(model, args, **kwargs)
         device = self.args.device
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
@@ -88,24 +86,50 @@ class DistillationTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
-        self._load(Path(resume_from_checkpoint))
+        load_checkpoint(self._distilled(), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        self._load(Path(str(self.state.best_model_checkpoint)))
+        load_checkpoint(self._distilled(), Path(str(self.state.best_model_checkpoint)))
 
-    def _load(self, directory: Path) -> None:
-        state_file = directory / STATE_FILE
-        if not state_file.is_file():
-            raise ValueError(
-                f"`resume_from_checkpoint` must be a checkpoint of a distillation, {directory} has "
-                f"no {STATE_FILE}"
-            )
-        model = self._distilled()
+
+def check_arguments(args: TrainingArguments, config: DistillationConfig) -> None:
+    """Raises what DistillationTrainer raises for arguments that a distillation can't follow."""
+    if args.label_smoothing_factor != 0:
+        raise NotImplementedError("`label_smoothing_factor` is not built for distillation yet")
+    if args.world_size > 1 and config.codir_weight > 0:
+        raise ValueError(
+            "`codir_weight` > 0 needs one process: each process would fill a bank of its own, "
+            f"got {args.world_size} processes"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            "a distillation needs one GPU per process, DataParallel leaves teacher and bank "
+            f"behind: choose one with CUDA_VISIBLE_DEVICES, got {args.n_gpu} GPUs"
+        )
+
+
+def load_checkpoint(model: DistillationModel, directory: Path) -> None:
+    """Student, heads and bank as they were saved.
+
+    Raises:
+        ValueError: no checkpoint of a distillation, or one of other layers, weights or data.
+    """
+    state_file = directory / STATE_FILE
+    if not state_file.is_file():
+        raise ValueError(
+            f"`resume_from_checkpoint` must be a checkpoint of a distillation, {directory} has "
+            f"no {STATE_FILE}"
+        )
+    try:
         loaded = type(model.student).from_pretrained(
             directory, use_safetensors=True, local_files_only=True
         )
         model.student.load_state_dict(loaded.state_dict())
         model.load_distillation_state(load_file(state_file))
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f"`resume_from_checkpoint` does not fit this run, {directory}: {error}"
+        ) from error
 
 
 class _BankUpdate(TrainerCallback):

@@ -4,17 +4,37 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from codir_fast.distillation.arguments import say
 
 
-def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of examples whose highest logit is at their label."""
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
+class Accuracy:
+    """Share of examples whose highest logit is at their label.
+
+    Counts up over calls until one asks for the result, as --batch_eval_metrics does; takes lists of
+    batches too, as --eval_do_concat_batches False gives.
+    """
+
+    def __init__(self) -> None:
+        self.correct, self.total = 0, 0
+
+    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        logits: Any = prediction.predictions
+        labels: Any = prediction.label_ids
+        if not isinstance(logits, list):
+            logits, labels = [logits], [labels]
+        for rows, wanted in zip(logits, labels, strict=True):
+            scores = torch.as_tensor(rows[0] if isinstance(rows, tuple) else rows)
+            hits = scores.argmax(-1) == torch.as_tensor(wanted, device=scores.device)
+            self.correct += int(hits.sum())
+            self.total += hits.numel()
+        if not compute_result:
+            return {}
+        result = {"accuracy": self.correct / self.total}
+        self.correct, self.total = 0, 0
+        return result
 
 
 def train_and_save(trainer: Trainer, training: TrainingArguments, resume: str | None) -> None:

@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
-from tiny import write_examples
+import torch
+from tiny import tiny_config, write_examples
+from transformers import BertForSequenceClassification, BertModel, TrainingArguments
 
 from codir_fast.cli import main
 
@@ -87,6 +89,32 @@ ERRORS = {
     "output is used": ({"--output_dir": "FOLDER/teacher"}, "`output_dir` must be empty"),
     "no checkpoint": ({"--resume_from_checkpoint": "True"}, "found no checkpoint"),
     "bad split": ({"--validation_split": "1.5"}, "`validation_split` must be in [0, 1)"),
+    "bad model file": ({"--teacher": "FOLDER/garbled"}, "`teacher` can't be loaded from"),
+    "no tokenizer": ({"--teacher": "FOLDER/mute"}, "`teacher` must have a tokenizer"),
+    "garbled csv": ({"--train_file": "FOLDER/ragged.csv"}, "`train_file` can't be read as csv"),
+    "one column": ({"--text_column": "label"}, "`label_column` must not be the `text_column`"),
+    "nothing left": ({"--validation_split": "0.999"}, "`validation_split` 0.999 of 48 examples"),
+    "output below a file": ({"--output_dir": "FOLDER/train.csv/x"}, "is no folder to write in"),
+    "no trainer state": (
+        {"--resume_from_checkpoint": "FOLDER/teacher"},
+        "`resume_from_checkpoint` must be the folder of a checkpoint",
+    ),
+    "another checkpoint": (
+        {"--resume_from_checkpoint": "FOLDER/finetuned"},
+        "`resume_from_checkpoint` must be a checkpoint of a distillation",
+    ),
+    "negative rate": ({"--learning_rate": "-1"}, "`learning_rate` must be in [0"),
+    "rate nan": ({"--learning_rate": "nan"}, "`learning_rate` must be in [0"),
+    "negative epochs": ({"--num_train_epochs": "-1"}, "`num_train_epochs` must be in [0"),
+    "empty batch": (
+        {"--per_device_train_batch_size": "0"},
+        "`per_device_train_batch_size` must be in [1",
+    ),
+    "no accumulation": (
+        {"--gradient_accumulation_steps": "0"},
+        "`gradient_accumulation_steps` must be in [1",
+    ),
+    "negative seed": ({"--seed": "-1"}, "`seed` must be in [0, 4294967295]"),
     "unknown label": ({"--train_file": "FOLDER/strange.csv"}, "row 1 has the label 'neutral'"),
     "empty text": ({"--train_file": "FOLDER/hole.csv"}, "`train_file` must hold texts, row 0"),
     "nothing to evaluate on": ({"--eval_strategy": "epoch"}, "`eval_strategy` epoch needs"),
@@ -102,6 +130,13 @@ def broken(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("broken")
     shutil.copytree(folder, path, dirs_exist_ok=True)
     (path / "empty").mkdir()
+    for name in ("garbled", "mute", "finetuned"):
+        shutil.copytree(folder / "teacher", path / name)
+    (path / "garbled" / "model.safetensors").write_bytes(b"no tensors at all")
+    for file in (path / "mute").glob("tokenizer*"):
+        file.unlink()
+    (path / "finetuned" / "trainer_state.json").write_text("{}")
+    (path / "ragged.csv").write_text("text,label\nw1,positive\nw2,negative,more\n")
     (path / "teacher" / "config.xml").write_text("<a/>")
     (path / "strange.csv").write_text("text,label\nw1,positive\nw2,neutral\n")
     (path / "hole.csv").write_text("text,label\n,positive\nw2,negative\n")
@@ -123,9 +158,29 @@ def test_error_is_one_line_with_exit_code_2(name, broken, tmp_path, capsys, monk
     arguments = [part.replace("FOLDER", str(broken)) for pair in given.items() for part in pair]
     before = sorted(broken.rglob("*"))
     assert main(["distill", *arguments, "--use_cpu"]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("codir-fast: error: ") and message in last
+    error = capsys.readouterr().err
+    assert error.startswith("codir-fast: error: ") and error.count("\n") == 1
+    assert message in error
     assert list(tmp_path.iterdir()) == [] and sorted(broken.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--neftune_noise_alpha", "5"],
+        ["--batch_eval_metrics", "True", "--per_device_eval_batch_size", "8"],
+        ["--eval_do_concat_batches", "False", "--per_device_eval_batch_size", "8"],
+        ["--gradient_checkpointing", "True"],
+        ["--bf16", "True"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flags_of_training_arguments_work(flags, folder, tmp_path):
+    arguments = ["--teacher", str(folder / "teacher"), "--student_layers", "2"]
+    output = ["--output_dir", str(tmp_path / "out")]
+    assert main(["distill", *arguments, *files(folder), *FAST, *flags, *output]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert 0 <= metrics["eval_accuracy"] <= 1
 
 
 @pytest.mark.parametrize("command", ["finetune", "distill", "evaluate"])
@@ -146,9 +201,25 @@ def test_missing_required_flags(capsys):
     assert "--model_name_or_path" in capsys.readouterr().err
 
 
-def test_encoder_without_classifier_is_no_teacher(folder, tmp_path, capsys):
-    from transformers import BertModel
+def test_several_gpus_are_refused_in_one_line(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    models = ["--teacher", str(folder / "teacher"), "--student_layers", "2"]
+    assert main(["distill", *models, *files(folder), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "needs one GPU per process" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
+
+def test_student_with_fewer_positions_cuts_the_texts(folder, tmp_path):
+    torch.manual_seed(0)
+    small = BertForSequenceClassification(tiny_config(max_position_embeddings=6))
+    small.save_pretrained(tmp_path / "small")
+    models = ["--teacher", str(folder / "teacher"), "--student", str(tmp_path / "small")]
+    assert (
+        main(["distill", *models, *files(folder), *FAST, "--output_dir", str(tmp_path / "o")]) == 0
+    )
+
+
+def test_encoder_without_classifier_is_no_teacher(folder, tmp_path, capsys):
     shutil.copytree(folder / "teacher", tmp_path / "encoder")
     BertModel.from_pretrained(folder / "teacher").save_pretrained(tmp_path / "encoder")
     arguments = ["--teacher", str(tmp_path / "encoder"), "--student_layers", "2"]

@@ -7,6 +7,8 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -75,6 +77,22 @@ def test_student_starts_as_every_second_layer(kind):
     with torch.no_grad():  # copies, not the teacher's own
         next(student.parameters()).add_(1)
     assert not torch.equal(next(student.parameters()), next(teacher.parameters()))
+
+
+def test_layers_keep_their_kind_of_attention():
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    teacher = ModernBertForSequenceClassification(
+        ModernBertConfig(
+            **SMALL,
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=32,
+            layer_types=kinds,
+            pad_token_id=0,
+        )
+    )
+    assert student_from_teacher(teacher, 2).config.layer_types == kinds[1::2]
 
 
 def test_full_depth_student_computes_what_the_teacher_does():

@@ -21,7 +21,7 @@ from codir_fast import DistillationConfig, DistillationModel, DistillationTraine
 from codir_fast.distillation.arguments import DataArguments
 from codir_fast.distillation.data import known_labels, label_ids, load_examples, tokenize
 from codir_fast.distillation.student import student_from_teacher
-from codir_fast.distillation.trainer import STATE_FILE
+from codir_fast.distillation.trainer import STATE_FILE, load_checkpoint
 
 STEPS = 6
 
@@ -88,6 +88,38 @@ def test_resumed_run_is_bit_equal_to_the_unbroken_one(folder, tmp_path, codir_we
     resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-4"))
     assert resumed.state.global_step == 10
     assert_same_state(unbroken, resumed)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("checkpoint", [4, 8, 12])
+def test_run_grouped_by_length_resumes_exactly_in_any_epoch(folder, tmp_path, pieces, checkpoint):
+    settings = {
+        "train_sampling_strategy": "group_by_length",
+        "per_device_train_batch_size": 10 // pieces,  # 5 steps an epoch, the last one smaller
+        "gradient_accumulation_steps": pieces,
+        "max_steps": 14,
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
+    unbroken = make_trainer(folder, tmp_path / "unbroken", **settings)
+    unbroken.train()
+    resumed = make_trainer(folder, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "unbroken" / f"checkpoint-{checkpoint}"))
+    assert_same_state(unbroken, resumed)
+
+
+def test_order_grouped_by_length_changes_with_epoch_and_seed(folder, tmp_path):
+    def order(epoch, **settings):
+        trainer = make_trainer(
+            folder, tmp_path, train_sampling_strategy="group_by_length", **settings
+        )
+        trainer.state.epoch = epoch
+        return list(trainer._get_train_sampler())
+
+    first = order(0)
+    assert sorted(first) == list(range(48))
+    assert order(0) == first == order(0.9)
+    assert order(1) != first and order(0, seed=6) != first and order(0, data_seed=6) != first
 
 
 def test_accumulated_batches_update_the_bank_as_the_large_batch(folder, tmp_path):
@@ -175,6 +207,28 @@ def test_checkpoint_of_something_else_is_refused(folder, tmp_path):
     BertForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=f"has no {STATE_FILE}"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"projection_dim": 16}, "does not fit this run"),
+        ({"codir_weight": 0.0}, "another kind of run"),
+    ],
+)
+def test_checkpoint_of_another_configuration_is_refused(folder, tmp_path, other, message):
+    trainer = make_trainer(folder, tmp_path / "run")
+    trainer.save_model(str(tmp_path / "checkpoint"))
+    config = DistillationConfig(**({"projection_dim": 8} | other))
+    changed = make_trainer(folder, tmp_path / "changed", config=config)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(changed.model, tmp_path / "checkpoint")
+
+
+def test_several_gpus_in_one_process_are_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="needs one GPU per process.*got 2 GPUs"):
+        make_trainer(folder, tmp_path)
 
 
 def test_model_must_be_a_distillation_model(tmp_path):

@@ -1,0 +1,47 @@
+"""The order of the training examples as a function of seed and epoch alone."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+
+class SeededByEpoch(Sampler[int]):
+    """`sampler` with a generator of its own, seeded anew in each epoch.
+
+    LengthGroupedSampler draws from the global generator, whose state at the start of an epoch is in
+    no checkpoint: resumed in the middle of an epoch after the first, it would give other batches
+    than those of the unbroken run, some examples twice and some never.
+
+    Args:
+        sampler: has an attribute `generator`.
+        seed: of the run.
+        epoch: tells the epoch that starts, counted from 0.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
+        self.sampler = sampler
+        self.seed = seed
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(self.sampler)
+
+
+class ResumableTrainer(Trainer):
+    """transformers.Trainer that resumes exactly where examples are grouped by length too."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # The whole part of state.epoch: in a resumed epoch it has a fraction, else it is exact.
+        return SeededByEpoch(sampler, seed, lambda: int(self.state.epoch or 0))
