@@ -206,8 +206,10 @@ def write_report(directory: Path, summary: dict) -> None:
     error = 100 * max(
         (r["accuracy"] * (1 - r["accuracy"]) / n) ** 0.5 for r in summary["results"].values()
     )
+    note = "Quick run: too few sentences to learn from, so the accuracy means nothing.\n\n"
+    quick = note if summary["quick"] else ""
     report = f"""# Demo of codir_fast
-A 6-layer encoder (all-MiniLM-L6-v2) is fine-tuned on {examples["train"]} sentences of film
+{quick}A 6-layer encoder (all-MiniLM-L6-v2) is fine-tuned on {examples["train"]} sentences of film
 reviews; 3-layer students are distilled from it, with the contrastive term (CoDIR) and without.
 Accuracy is on {n} held-out sentences, so one standard error is {error:.1f} points: differences
 below about twice that are not told apart here. The two students are the same size: where their

@@ -116,6 +116,7 @@ def test_report_has_table_and_pictures(demo, tmp_path):
         "results": results,
         "examples": {"train": 900, "validation": 100},
         "seed": 1,
+        "quick": False,
         "machine": "here",
         "versions": {"torch": "2"},
     }
@@ -127,3 +128,6 @@ def test_report_has_table_and_pictures(demo, tmp_path):
         assert f"({picture})" in report
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert "Quick run" not in report
+    demo.write_report(tmp_path, summary | {"quick": True})
+    assert "Quick run" in (tmp_path / "report.md").read_text()
