@@ -140,12 +140,13 @@ def run_all(directory: Path, quick: bool) -> dict:
             [*common, "--model_name_or_path", str(encoder), "--num_train_epochs", "1"],
         )
     }
+    student = ["--student_layers", "3", "--num_train_epochs", "1.5"]
     for name, extra in (("student", []), ("student_kd", ["--codir_weight", "0"])):
         seconds[name] = train(
             directory / name,
             "distill",
             [train_csv, teacher / "model.safetensors"],
-            [*common, "--teacher", str(teacher), "--student_layers", "3", *extra],
+            [*common, *student, "--teacher", str(teacher), *extra],
         )
     results = {}
     for name in RUNS:
@@ -229,13 +230,14 @@ Seed {summary["seed"]}. {summary["machine"]}. {versions}.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="1,000 sentences only")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--output", type=Path, help="default runs/demo, or runs/demo-quick")
     options = parser.parse_args()
+    output = options.output or Path("runs/demo-quick" if options.quick else "runs/demo")
     start = time.perf_counter()
-    summary = run_all(options.output, options.quick)
-    write_report(options.output, summary)
+    summary = run_all(output, options.quick)
+    write_report(output, summary)
     print(table(summary["results"]))
-    print(f"\n{options.output / 'report.md'} ({time.perf_counter() - start:.0f} s)")
+    print(f"\n{output / 'report.md'} ({time.perf_counter() - start:.0f} s)")
 
 
 if __name__ == "__main__":
