@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what it imports, which is a small part of what is installed.
+INSTALL := $(PIP) install --no-compile
 CXX_FILES := $(wildcard $(foreach dir,csrc csrc/* tests/csrc,$(dir)/*.cpp $(dir)/*.h $(dir)/*.cu))
 BUILD_FILES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml codir_fast/version.py
 
@@ -22,19 +24,19 @@ $(VENV)/.torch: requirements/torch.txt
 	@# Without ensurepip, venv leaves a Python that has no pip: so pip is what is asked for.
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) >/dev/null || \
 	  { echo "$(PYTHON) can't make a virtual environment: install its venv package (python3-venv)" >&2; exit 1; }
-	$(PIP) install -r requirements/torch.txt
+	$(INSTALL) -r requirements/torch.txt
 	@touch $@
 
 $(VENV)/.packages: requirements/dev.txt $(VENV)/.torch
-	$(PIP) install -r requirements/torch.txt -r requirements/dev.txt
+	$(INSTALL) -r requirements/torch.txt -r requirements/dev.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.packages $(BUILD_FILES)
-	$(PIP) install --no-build-isolation --no-deps -e .
+	$(INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
 $(VENV)/.demo: requirements/demo.txt $(VENV)/.packages
-	$(PIP) install --no-deps --require-hashes -r requirements/demo.txt
+	$(INSTALL) --no-deps --require-hashes -r requirements/demo.txt
 	@touch $@
 
 install: $(VENV)/.installed
