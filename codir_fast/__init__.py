@@ -19,6 +19,7 @@ from codir_fast.losses import ContrastiveLoss
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 from codir_fast.pooling import pool_hidden_states
 from codir_fast.projection import ProjectionHead
+from codir_fast.sampling import sample_negatives
 from codir_fast.version import __version__
 
 # Loaded on first use, because they need transformers.
@@ -37,6 +38,7 @@ __all__ = [
     "backends",
     "functional",
     "pool_hidden_states",
+    "sample_negatives",
 ]
 
 

@@ -17,19 +17,38 @@ def check_count(name: str, value: int) -> None:
         raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if value >= 1 << 63:
+        raise ValueError(f"`{name}` must be below 2^63, got {value}")
+
+
+def check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {type(value).__name__}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {tuple(choices)}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        # What is no string may be long: a list, a tensor.
+        got = repr(value) if isinstance(value, str) else type(value).__name__
+        raise ValueError(f"`{name}` must be one of {tuple(choices)}, got {got}")
 
 
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"`{name}` must be a dense Tensor, got a {layout} one")
 
 
 def check_float_dtype(name: str, dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`{name}` must be a torch.dtype, got {type(dtype).__name__}")
     if dtype not in FLOATS:
         names = "float32, float64, bfloat16 or float16"
         raise TypeError(f"`{name}` must be {names}, got {_dtype_name(dtype)}")

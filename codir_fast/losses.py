@@ -1,5 +1,5 @@
-"""The contrastive loss as a module: it holds the options, functional.contrastive_loss does the
-work.
+"""The contrastive loss as a module: it holds the options, and what is learnt or kept;
+functional.contrastive_loss does the work.
 """
 
 import math
@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from codir_fast.backend import NAMES as BACKENDS
-from codir_fast.checks import check_choice
-from codir_fast.functional import check_options, check_temperature, contrastive_loss
+from codir_fast.checks import check_choice, check_flag
+from codir_fast.functional import (
+    check_nce,
+    check_options,
+    check_temperature,
+    contrastive_loss,
+    estimate_log_partition,
+)
 from codir_fast.negatives import Negatives
 
 _MIN_LOG_INV, _MAX_LOG_INV = math.log(0.01), math.log(100)
@@ -18,14 +24,17 @@ _MARGIN_ARGUMENTS = ("margin", "pos_margin", "neg_margin")
 
 
 class ContrastiveLoss(nn.Module):
-    """InfoNCE against in-batch, shared or banked negatives; see
+    """InfoNCE or NCE against in-batch, shared or banked negatives; see
     codir_fast.functional.contrastive_loss.
 
     Args:
         temperature: t > 0, where learning starts if it is learnt.
-        objective, normalize, reduction, symmetric, backend: as for the function.
+        objective, normalize, reduction, symmetric, backend, num_data: as for the function.
         learnable_temperature: makes log(1/t) a parameter, `log_inv_temperature`, kept where 1/t is
             in [0.01, 100].
+        log_partition: log Z of NCE, a number. Default: that of the first batch in training, kept
+            from then on. It is a buffer, NaN as long as it is not known; until then a batch in eval
+            mode goes by its own and keeps none.
 
     Example:
         >>> loss_fn = codir_fast.ContrastiveLoss(temperature=0.07)
@@ -33,6 +42,8 @@ class ContrastiveLoss(nn.Module):
 
     Source: learnt temperature as in Radford et al. 2021, CLIP, section 2.5.
     """
+
+    log_partition: Tensor
 
     def __init__(
         self,
@@ -44,15 +55,23 @@ class ContrastiveLoss(nn.Module):
         learnable_temperature: bool = False,
         symmetric: bool = False,
         backend: str = "auto",
+        log_partition: float | None = None,
+        num_data: int | None = None,
         **unknown: Any,
     ) -> None:
         _refuse(unknown)
         super().__init__()
-        check_options(objective, reduction, symmetric)
+        check_options(objective, reduction, normalize, symmetric)
+        check_flag("learnable_temperature", learnable_temperature)
+        check_nce(objective, log_partition, num_data)
         check_temperature(temperature)
         check_choice("backend", backend, ("auto", *BACKENDS))
         self.objective, self.normalize, self.reduction = objective, normalize, reduction
-        self.symmetric, self.backend = symmetric, backend
+        self.symmetric, self.backend, self.num_data = symmetric, backend, num_data
+        self._log_partition_known = log_partition is not None
+        if objective == "nce":
+            known = math.nan if log_partition is None else log_partition
+            self.register_buffer("log_partition", torch.tensor(known, dtype=torch.float64))
         self.learnable_temperature = learnable_temperature
         if not learnable_temperature:
             self._temperature = temperature
@@ -88,29 +107,55 @@ class ContrastiveLoss(nn.Module):
             # come back.
             with torch.no_grad():
                 self.log_inv_temperature.clamp_(_MIN_LOG_INV, _MAX_LOG_INV)
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "normalize": self.normalize,
+            "symmetric": self.symmetric,
+            "backend": self.backend,
+            "labels": labels,
+            "negative_labels": negative_labels,
+            "negative_index": negative_index,
+            "exclude_index": exclude_index,
+            "num_data": self.num_data,
+        }
+        vectors = (query, positive_key, negative_keys)
+        log_partition = None
+        if self.objective == "nce":
+            log_partition = self._partition(vectors, options)
         return contrastive_loss(
-            query,
-            positive_key,
-            negative_keys,
-            temperature=self.temperature,
+            *vectors,
             objective=self.objective,
-            normalize=self.normalize,
             reduction=self.reduction,
-            symmetric=self.symmetric,
-            backend=self.backend,
-            labels=labels,
-            negative_labels=negative_labels,
-            negative_index=negative_index,
-            exclude_index=exclude_index,
             weight=weight,
+            log_partition=log_partition,
+            **options,
         )
+
+    def _partition(self, vectors: tuple[Any, ...], options: dict[str, Any]) -> Tensor | None:
+        """log Z, kept for good at the first batch in training; None: the batch's own, not kept."""
+        if self._log_partition_known:
+            return self.log_partition
+        estimate = estimate_log_partition(*vectors, **options)
+        if not self.training or vectors[0].shape[0] == 0:
+            return None
+        # On a GPU, looking would wait for the device.
+        if estimate.is_cpu and not torch.compiler.is_compiling() and not estimate.isfinite():
+            return None
+        self.log_partition.copy_(estimate)
+        self._log_partition_known = True
+        return self.log_partition
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.objective == "nce":
+            self._log_partition_known = not bool(self.log_partition.isnan())
 
     def extra_repr(self) -> str:
         t = float(self.temperature)
         return (
             f"temperature={t:.4g}, objective={self.objective!r}, normalize={self.normalize}, "
             f"reduction={self.reduction!r}, learnable_temperature={self.learnable_temperature}, "
-            f"backend={self.backend!r}"
+            f"symmetric={self.symmetric}, backend={self.backend!r}"
         )
 
 

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from codir_fast.checks import (
     check_count,
     check_device,
+    check_flag,
     check_float_dtype,
     check_index,
     check_integers,
+    check_number,
     check_tensor,
 )
 from codir_fast.ops.bank_update import bank_update
@@ -34,7 +36,11 @@ class _Bank(nn.Module):
         check_float_dtype("dtype", dtype)
         self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
         self.register_buffer("valid", torch.zeros(size, dtype=torch.bool))
-        self.register_buffer("row_labels", None if labels is None else labels.to(self.rows.device))
+        if labels is not None:
+            if labels.is_meta and not self.rows.is_meta:
+                raise ValueError("`labels` must hold values, got a tensor on the device meta")
+            labels = labels.to(self.rows.device)
+        self.register_buffer("row_labels", labels)
         self._full = False
 
     @property
@@ -71,7 +77,7 @@ class _Bank(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, buffer in self.named_buffers(recurse=False):
             loaded = state_dict.get(prefix + name)
-            if loaded is not None and loaded.shape != buffer.shape:
+            if isinstance(loaded, Tensor) and loaded.shape != buffer.shape:
                 # All or nothing: torch would go on to load the buffers that fit.
                 errors = args[-1]
                 errors.append(
@@ -115,6 +121,7 @@ class MemoryQueue(_Bank):
         self, size: int, dim: int, *, dtype: torch.dtype | None = None, with_labels: bool = False
     ) -> None:
         check_count("size", size)
+        check_flag("with_labels", with_labels)
         labels = torch.full((size,), -1) if with_labels else None
         super().__init__(size, dim, dtype, labels)
         # Where the next key goes; a tensor, so that it travels with the state and needs no
@@ -146,7 +153,8 @@ class MemoryQueue(_Bank):
             labels: (N,) integers, given exactly where the queue was made with labels.
 
         Raises:
-            ValueError, TypeError: a wrong shape, device or dtype; labels missing or not expected.
+            ValueError, TypeError: a wrong shape, device or dtype; labels missing or not expected;
+                nothing is changed then.
         """
         self._check_keys(keys)
         self._check_labels(keys, labels)
@@ -173,14 +181,12 @@ class MemoryQueue(_Bank):
 
 
 class IndexedBank(_Bank):
-    """One row per training example, updated with momentum: b_r <- normalise(m * b_r + (1 - m) *
-    key).
+    """One row per training example: b_r <- normalise(m * b_r + (1 - m) * key).
 
-    A row that was never updated is no negative, and takes its first key as it is. In eval mode the
-    bank never
-    changes: `update` checks its arguments and does nothing. The whole state is in the state_dict;
-        it loads into a
-    bank of another dtype or device.
+    A row that was never updated is no negative, and takes its first key, normalised. In eval mode
+    the bank never changes: `update` checks its arguments and does nothing. The whole state (rows,
+    which of them are filled, labels) is in the state_dict; it loads into a bank of another dtype or
+    device.
 
     Args:
         num_rows: number of training examples, K.
@@ -203,6 +209,7 @@ class IndexedBank(_Bank):
         dtype: torch.dtype | None = None,
         labels: Tensor | None = None,
     ) -> None:
+        check_number("momentum", momentum)
         if not 0 <= momentum <= 1:
             raise ValueError(f"`momentum` must be in [0, 1], got {momentum}")
         check_count("num_rows", num_rows)
@@ -214,8 +221,8 @@ class IndexedBank(_Bank):
 
     @property
     def keys(self) -> Tensor:
-        """All rows in order, (num_rows, D); 0 where `valid` is False, a row that was never
-        updated.
+        """All rows in order, (num_rows, D): the bank itself, no copy; a row that was never updated
+        is 0.
         """
         return self.rows
 
@@ -226,16 +233,19 @@ class IndexedBank(_Bank):
 
     @torch.no_grad()
     def update(self, index: Tensor, keys: Tensor) -> None:
-        """Mixes each key into its example's row; of repeated rows, one after the other in batch
-        order.
+        """Mixes each key into its example's row; a row that is named more than once takes its keys
+        one after the other, in batch order.
+
+        On a GPU an update with momentum above 0 reads back how often rows repeat, so that no CUDA
+        graph can hold it; a MemoryQueue's `enqueue` never waits for the GPU.
 
         Args:
-            index: (N,) int64 in [0, num_rows). The range is checked on the CPU; a GPU checks it by
-                itself.
+            index: (N,) integers in [0, num_rows). The range is checked on the CPU; a GPU checks it
+                by itself.
             keys: (N, D) floating point, any length; detached here.
 
         Raises:
-            ValueError, TypeError: a wrong shape, device, dtype or index.
+            ValueError, TypeError: a wrong shape, device, dtype or index; nothing is changed then.
         """
         self._check_keys(keys)
         check_integers("index", index, f"(N,) with N={keys.shape[0]}", keys.shape[0])

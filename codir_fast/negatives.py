@@ -25,54 +25,88 @@ _WIDENED = 1 << 18  # elements, 1 MiB in float32
 
 @dataclass
 class ChosenNegatives:
-    """The negatives as bank_contrast takes them; `source` says where they come from, for labels and
-    exclusion.
-    """
+    """The negatives as the operators take them; `source` is what the user gave."""
 
     rows: Tensor
+    source: Negatives
     scale: Tensor | None = None
     valid: Tensor | None = None
     index: Tensor | None = None
-    source: Negatives = None
+    labels: Tensor | None = None
+    row_labels: Tensor | None = None
+    exclude_index: Tensor | None = None
+
+    @property
+    def in_batch(self) -> bool:
+        return self.source is None
+
+    @property
+    def own(self) -> bool:
+        """Each query has rows of its own: row b * M + m of `rows` belongs to query b alone."""
+        return isinstance(self.source, Tensor) and self.source.ndim == 3
+
+    @property
+    def num_offered(self) -> int:
+        """Negatives that each query has before masks, M in NCE."""
+        if self.index is not None:
+            return self.index.shape[1]
+        return max(self.rows.shape[0] - 1, 0) if self.in_batch else self.rows.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a query's negatives are taken from, n in NCE."""
+        return self.num_offered if self.own else self.rows.shape[0]
 
 
 def choose_negatives(
     query: Tensor,
     positive: Tensor,
     negative_keys: Negatives,
-    negative_index: Tensor | None,
     normalize: bool,
+    labels: Tensor | None,
+    negative_labels: Tensor | None,
+    negative_index: Tensor | None,
+    exclude_index: Tensor | None,
 ) -> ChosenNegatives:
-    if negative_keys is None:
-        if negative_index is not None:
-            raise ValueError("`negative_index` needs `negative_keys`, a (K, D) tensor or a bank")
-        return ChosenNegatives(positive.contiguous())
-    if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
-        _check_bank(query, negative_keys)
-        valid = None if negative_keys.is_full else negative_keys.valid
-        chosen = ChosenNegatives(negative_keys.rows, valid=valid, source=negative_keys)
-    else:
-        _check_explicit(query, negative_keys)
-        chosen = _explicit(negative_keys.flatten(0, -2), positive.dtype, normalize)
-        chosen.source = negative_keys
-        if negative_keys.ndim == 3:  # row b * M + m of the flat tensor belongs to query b alone
-            if negative_index is not None:
-                raise ValueError("`negative_index` needs `negative_keys` shared by all queries")
-            B, M, _ = negative_keys.shape
-            chosen.index = torch.arange(B * M, device=query.device).view(B, M)
-            return chosen
+    """Checks all that picks the negatives; `positive` are the keys in the computing dtype."""
+    chosen = _choose_rows(query, positive, negative_keys, normalize)
     if negative_index is not None:
+        if chosen.in_batch:
+            raise ValueError("`negative_index` needs `negative_keys`, a (K, D) tensor or a bank")
+        if chosen.own:
+            raise ValueError("`negative_index` needs `negative_keys` shared by all queries")
         chosen.index = _check_index(query, negative_index, chosen.rows.shape[0])
+    chosen.labels, chosen.row_labels = _choose_labels(query, chosen, labels, negative_labels)
+    chosen.exclude_index = _choose_exclusion(query, chosen, exclude_index)
     return chosen
 
 
-def _explicit(rows: Tensor, wide: torch.dtype, normalize: bool) -> ChosenNegatives:
+def _choose_rows(
+    query: Tensor, positive: Tensor, negative_keys: Negatives, normalize: bool
+) -> ChosenNegatives:
+    if negative_keys is None:
+        return ChosenNegatives(positive, source=None)
+    if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
+        _check_bank(query, negative_keys)
+        valid = None if negative_keys.is_full else negative_keys.valid
+        return ChosenNegatives(negative_keys.rows, source=negative_keys, valid=valid)
+    _check_explicit(query, negative_keys)
+    rows, scale = _explicit(negative_keys.flatten(0, -2), positive.dtype, normalize)
+    chosen = ChosenNegatives(rows, source=negative_keys, scale=scale)
+    if chosen.own:
+        B, M, _ = negative_keys.shape
+        chosen.index = torch.arange(B * M, device=query.device).view(B, M)
+    return chosen
+
+
+def _explicit(rows: Tensor, wide: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows, and their factors if any."""
     if not normalize:
-        return ChosenNegatives(rows.contiguous())
+        return rows.contiguous(), None
     if rows.requires_grad and torch.is_grad_enabled():
-        return ChosenNegatives(F.normalize(rows.to(wide), dim=1, eps=EPS).contiguous())
+        return F.normalize(rows.to(wide), dim=1, eps=EPS).contiguous(), None
     # Without gradient the kernel scales the rows as it reads them, and no normalised copy is made.
-    return ChosenNegatives(rows.contiguous(), scale=_inverse_norm(rows.detach(), wide))
+    return rows.contiguous(), _inverse_norm(rows.detach(), wide)
 
 
 def _check_index(query: Tensor, index: Tensor, K: int) -> Tensor:
@@ -114,6 +148,7 @@ def _check_explicit(query: Tensor, negative_keys: Tensor) -> None:
             "`negative_keys` must be None, a Tensor, a MemoryQueue or an IndexedBank, "
             f"got {type(negative_keys).__name__}"
         )
+    check_tensor("negative_keys", negative_keys)
     B, D = query.shape
     shared = negative_keys.ndim == 2
     own = negative_keys.ndim == 3 and negative_keys.shape[0] == B
@@ -122,16 +157,12 @@ def _check_explicit(query: Tensor, negative_keys: Tensor) -> None:
             f"`negative_keys` must have shape (K, D) or (B, M, D) with B={B}, D={D} as `query`, "
             f"got {tuple(negative_keys.shape)}"
         )
-    if negative_keys.shape[-2] == 0:
-        raise ValueError(
-            f"`negative_keys` must have at least one row, got {tuple(negative_keys.shape)}"
-        )
     check_float_dtype("negative_keys", negative_keys.dtype)
     check_device("negative_keys", negative_keys, query.device, "`query`")
     check_input_dtype("negative_keys", negative_keys, query)
 
 
-def choose_labels(
+def _choose_labels(
     query: Tensor, negatives: ChosenNegatives, labels: Tensor | None, negative_labels: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     source = negatives.source
@@ -145,7 +176,7 @@ def choose_labels(
     if isinstance(source, Tensor):
         if negative_labels is None:
             raise ValueError("`labels` with a tensor as `negative_keys` needs `negative_labels`")
-        if source.ndim == 3:
+        if negatives.own:
             _check_own_labels(negative_labels, source)
             negative_labels = negative_labels.flatten()
         K = negatives.rows.shape[0]
@@ -167,11 +198,11 @@ def _check_own_labels(negative_labels: Tensor, negative_keys: Tensor) -> None:
         )
 
 
-def choose_exclusion(
+def _choose_exclusion(
     query: Tensor, negatives: ChosenNegatives, exclude_index: Tensor | None
 ) -> Tensor | None:
     B, K = query.shape[0], negatives.rows.shape[0]
-    if negatives.source is None:
+    if negatives.in_batch:
         if exclude_index is not None:
             raise ValueError(
                 "`exclude_index` needs `negative_keys`: in-batch each query's own key is left out"
@@ -179,7 +210,7 @@ def choose_exclusion(
         return torch.arange(B, device=query.device)
     if exclude_index is None:
         return None
-    if isinstance(negatives.source, Tensor) and negatives.source.ndim == 3:
+    if negatives.own:
         raise ValueError("`exclude_index` needs `negative_keys` shared by all queries")
     exclude_index = _as_int64("exclude_index", exclude_index, query, "B", B)
     check_index("exclude_index", exclude_index, -1, K)

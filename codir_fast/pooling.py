@@ -51,14 +51,21 @@ def pool_hidden_states(
 
 
 def _choose(hidden_states: Tensor | Sequence[Tensor], layers: Sequence[int] | None) -> list[Tensor]:
+    if not isinstance(hidden_states, (Tensor, Sequence)):
+        got = type(hidden_states).__name__
+        raise TypeError(f"`hidden_states` must be a Tensor or a sequence of them, got {got}")
     given = [hidden_states] if isinstance(hidden_states, Tensor) else list(hidden_states)
     if not given:
         raise ValueError("`hidden_states` must hold at least one tensor, got none")
     if layers is None:
         return given
+    if not isinstance(layers, Sequence) or isinstance(layers, str):
+        raise TypeError(f"`layers` must be a sequence of ints, got {type(layers).__name__}")
     if len(layers) == 0:
         raise ValueError("`layers` must name at least one layer, got none")
     for layer in layers:
+        if not isinstance(layer, int) or isinstance(layer, bool):
+            raise TypeError(f"`layers` must hold ints, got {type(layer).__name__} {layer!r}")
         if not -len(given) <= layer < len(given):
             raise ValueError(
                 f"`layers` must be in [{-len(given)}, {len(given)}), as there are {len(given)} "

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from codir_fast.checks import check_count, check_float_dtype, check_tensor
+
 
 class ProjectionHead(nn.Module):
     """z = W x + b, divided by its L2 norm.
@@ -17,12 +19,22 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, in_features: int, dim: int = 128) -> None:
         super().__init__()
+        check_count("in_features", in_features)
+        check_count("dim", dim)
         self.linear = nn.Linear(in_features, dim)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Unit rows (..., dim) of `pooled` (..., in_features), in the dtype that the linear layer
         gives.
+
+        Raises:
+            ValueError, TypeError: `pooled` is of another width, or no floating-point tensor.
         """
+        check_tensor("pooled", pooled)
+        check_float_dtype("pooled", pooled.dtype)
+        width = self.linear.in_features
+        if pooled.ndim == 0 or pooled.shape[-1] != width:
+            raise ValueError(f"`pooled` must have shape (..., {width}), got {tuple(pooled.shape)}")
         projected = self.linear(pooled)
         # The norm of half-precision rows is taken in float32.
         wide = torch.float64 if projected.dtype == torch.float64 else torch.float32

@@ -2,11 +2,14 @@
 hold every backend to it, benchmarks time it as "eager". Nothing of the library calls it.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+NCE_EPS = 1e-7  # as in the code of Tian et al. 2020, and as kNceEps in csrc/bank_contrast.h
 
 
 def masked_pool(
@@ -70,10 +73,16 @@ def bank_contrast(
     bank_labels: Tensor | None = None,
     exclude_index: Tensor | None = None,
     valid: Tensor | None = None,
+    log_partition: Tensor | None = None,
+    num_noise: int = 1,
+    num_data: int = 1,
 ) -> Tensor:
-    """InfoNCE of each query against all allowed bank rows, (B,):
+    """Loss of each query against all allowed bank rows, (B,), with s_i+ = q_i.p_i / t and
+    s_ij = q_i.b_j / t.
 
-    l_i = log(e^{s_i+} + sum_{j in A_i} e^{s_ij}) - s_i+,  s_i+ = q_i.p_i / t,  s_ij = q_i.b_j / t.
+    InfoNCE: l_i = log(e^{s_i+} + sum_{j in A_i} e^{s_ij}) - s_i+.
+    NCE, where log Z is given as `log_partition`, with P(s) = e^s / Z and c = num_noise / num_data:
+    l_i = -log(P_i+ / (P_i+ + c + eps)) - sum_{j in A_i} log(c / (P_ij + c + eps)).
     """
     allowed = allowed_negatives(len(query), bank, labels, bank_labels, exclude_index, valid)
     rows = bank.to(query.dtype)
@@ -81,10 +90,23 @@ def bank_contrast(
         rows = rows * bank_scale[:, None]
     if valid is not None:  # what lies in an invalid row, NaN included, doesn't count
         rows = torch.where(valid[:, None], rows, 0)
-    positive_logit = (query * positive).sum(1, keepdim=True) * inv_temperature
+    positive_logit = (query * positive).sum(1) * inv_temperature
     negative_logits = (query @ rows.T * inv_temperature).masked_fill(~allowed, -torch.inf)
-    lse = torch.logsumexp(torch.cat([positive_logit, negative_logits], dim=1), dim=1)
-    return lse - positive_logit[:, 0]
+    return _objective(positive_logit, negative_logits, log_partition, num_noise / num_data)
+
+
+def _objective(
+    positive: Tensor, negatives: Tensor, log_partition: Tensor | None, noise_ratio: float
+) -> Tensor:
+    """The loss from logits (B,) and (B, N), -inf where a negative is not allowed."""
+    if log_partition is None:
+        lse = torch.logsumexp(torch.cat([positive[:, None], negatives], dim=1), dim=1)
+        return lse - positive
+    # In log space: P / (P + c + eps) = sigmoid(s - log Z - log(c + eps)).
+    offset = log_partition + math.log(noise_ratio + NCE_EPS)
+    term = F.softplus(negatives - offset, threshold=40) + math.log1p(NCE_EPS / noise_ratio)
+    term = term.masked_fill(negatives == -torch.inf, 0)
+    return F.softplus(offset - positive, threshold=40) + term.sum(1)
 
 
 def indexed_contrast(
@@ -98,8 +120,11 @@ def indexed_contrast(
     bank_labels: Tensor | None = None,
     exclude_index: Tensor | None = None,
     valid: Tensor | None = None,
+    log_partition: Tensor | None = None,
+    num_noise: int = 1,
+    num_data: int = 1,
 ) -> Tensor:
-    """InfoNCE of each query against the allowed ones of its own rows index[i], (B,).
+    """Loss of each query against the allowed ones of its own rows index[i], (B,).
 
     As bank_contrast with A_i the positions m whose row index[i, m] is allowed; a row that is named
     twice counts twice.
@@ -110,11 +135,10 @@ def indexed_contrast(
     if bank_scale is not None:
         rows = rows * bank_scale[index][:, :, None]
     rows = torch.where(allowed[:, :, None], rows, 0)
-    positive_logit = (query * positive).sum(1, keepdim=True) * inv_temperature
+    positive_logit = (query * positive).sum(1) * inv_temperature
     logits = torch.einsum("bd,bmd->bm", query, rows) * inv_temperature
     negative_logits = logits.masked_fill(~allowed, -torch.inf)
-    lse = torch.logsumexp(torch.cat([positive_logit, negative_logits], dim=1), dim=1)
-    return lse - positive_logit[:, 0]
+    return _objective(positive_logit, negative_logits, log_partition, num_noise / num_data)
 
 
 def bank_update(

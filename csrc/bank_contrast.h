@@ -1,7 +1,9 @@
-// bank_contrast: InfoNCE of B queries against all K rows of a bank, loss and gradients in one pass
-// over the bank.
-//   s_ij = <q_i, b_j> / t over the allowed rows A_i,  s_i+ = <q_i, p_i> / t,
-//   lse_i = log(e^{s_i+} + sum_j e^{s_ij}),  loss_i = lse_i - s_i+.
+// bank_contrast: contrastive loss of B queries against all K rows of a bank, loss and gradients in
+// one pass over the bank. With s_ij = <q_i, b_j> / t over the allowed rows A_i, s_i+ = <q_i, p_i> /
+// t and softplus(a) = log(1 + e^a):
+//   InfoNCE  lse_i = log(e^{s_i+} + sum_j e^{s_ij}),  loss_i = lse_i - s_i+
+//   NCE      lse_i = log Z + log(c + eps),
+//            loss_i = softplus(lse_i - s_i+) + sum_j (softplus(s_ij - lse_i) + log(1 + eps / c))
 // Nothing of size B x K exists: only partial sums of size B x D per thread group. All memory is the
 // caller's, except scratch space that a call allocates and frees. Arrays are dense and row-major.
 #pragma once
@@ -12,6 +14,10 @@
 #include "simd/isa.h"
 
 namespace codir_fast {
+
+enum class Objective { kInfoNce, kNce };
+
+constexpr double kNceEps = 1e-7;  // as in the code of Tian et al. 2020
 
 // Null means: not given. Row j of the bank counts as bank_scale[j] * bank[j]. It is a negative of
 // query i when valid[j], bank_labels[j] != labels[i] and j != exclude_index[i]; the contents of a
@@ -28,6 +34,9 @@ struct BankContrastInputs {
   DType dtype;       // float32 or float64: what arithmetic runs in
   DType bank_dtype;  // any
   double inv_temperature;
+  Objective objective;
+  double log_partition;  // NCE: log Z
+  double noise_ratio;    // NCE: c > 0, noise samples per query over the number of examples
 };
 
 // Per query: loss, lse and d loss / d(1/t), (B,); d loss / d query and d loss / d positive, (B, D).
@@ -40,8 +49,8 @@ struct BankContrastOutputs {
   void* dinv_temperature;
 };
 
-// An empty A_i gives loss 0 and zero gradients. Results depend on the number of threads, not on
-// their timing.
+// An empty A_i gives loss 0 and zero gradients with InfoNCE, the positive's term alone with NCE.
+// Results depend on the number of threads, not on their timing.
 Status bank_contrast_cpu(const BankContrastOutputs& outputs, const void* positive,
                          const BankContrastInputs& inputs, const Executor& executor,
                          Isa isa = active_isa());

@@ -91,11 +91,9 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
 
   const Buffer<C> packed = pack_queries(query, in.B, in.D, tiling);
   const Buffer<C> scratch = allocate<C>(tasks * scratch_size);
-  const Buffer<double> mean_rows = allocate<double>(executor.num_threads * in.D);
-  const PartialSums<C> sums{allocate<C>(grid.row_ranges * tiling.size()),
-                            allocate<C>(grid.row_ranges * tiling.size() * in.D),
-                            allocate<double>(grid.row_ranges * tiling.size())};
-  if (!packed || !scratch || !mean_rows || !sums.allocated()) return Status::kOutOfMemory;
+  const Buffer<double> weighted_rows = allocate<double>(executor.num_threads * in.D);
+  const PartialSums<C> sums(grid.row_ranges, tiling, in);
+  if (!packed || !scratch || !weighted_rows || !sums.allocated()) return Status::kOutOfMemory;
 
   executor.parallel_for(tasks, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t n = begin; n < end; ++n) {
@@ -111,12 +109,11 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
   });
   executor.parallel_for(executor.num_threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t thread = begin; thread < end; ++thread) {
-      double* mean_row = mean_rows.get() + thread * in.D;
+      double* weighted_row = weighted_rows.get() + thread * in.D;
       const Range queries = share(in.B, executor.num_threads, thread);
       for (std::int64_t i = queries.begin; i < queries.end; ++i) {
-        const double log_sum = add_ranges(mean_row, sums, tiling, in.D, grid.row_ranges, i);
-        finish_query(outputs, query + i * in.D, positive + i * in.D, mean_row, log_sum, i, in.D,
-                     in.inv_temperature);
+        const QuerySums total = add_ranges(weighted_row, sums, tiling, in.D, grid.row_ranges, i);
+        finish_query(outputs, query + i * in.D, positive + i * in.D, weighted_row, total, i, in);
       }
     }
   });

@@ -1,13 +1,14 @@
 // The pass over the bank on the CPU, for one instruction set (CODIR_FAST_ISA_NAMESPACE).
 // The bank is cut into blocks of rows that stay in cache; per block and tile of queries: S^T =
-// block x queries as it lies (broadcast bank elements x query vectors), masks, P^T = e^(S^T -
-// shift), then O^T += block^T x P^T. Never materialised: logits beyond one block x tile. Sums are
-// hierarchical (block, run of blocks, total), so that neither l nor O stagnates on a bank whose
-// rows are alike.
+// block x queries as it lies (broadcast bank elements x query vectors), masks, weights P^T of the
+// objective (e^(S^T - shift) for InfoNCE), then O^T += block^T x P^T. Never materialised: logits
+// beyond one block x tile. Sums are hierarchical (block, run of blocks, total), so that neither l
+// nor O stagnates on a bank whose rows are alike; so are those of the bank's gradient over tiles.
 #include "bank_contrast_cpu_impl.h"
 
 #include <limits>
 
+#include "objective.h"
 #include "simd/vec.h"
 #include "storage.h"
 
@@ -29,7 +30,7 @@ constexpr int kMaxTileRows = 14;
 constexpr std::int64_t kMaxBlockRows = 126, kMinBlockRows = 42;  // multiples of 6 and 14
 constexpr std::int64_t kBlockElements = 1 << 15;                 // of a block, within those bounds
 constexpr std::int64_t kDepth = 128;  // a query's elements that stay in L1 meanwhile
-constexpr std::int64_t kBlocksPerRun = 64;
+constexpr std::int64_t kBlocksPerRun = 64, kQueriesPerRun = 512;
 constexpr std::int64_t kMaxLanes = kMaxTileVectors * kVectorBytes / 4;
 // Weights may grow to e^kSlack before the shift follows the maximum, so that O is seldom rescaled.
 constexpr int kSlack = 8;
@@ -129,8 +130,8 @@ struct Scratch {
   C* logits;     // (kMaxBlockRows + kMaxTileRows, lanes)
   C* zero_row;   // (D,)
   C* converted;  // (kMaxBlockRows, D)
-  C* sums;       // forward: [tile][d][lane] of the run of blocks; backward: gradient of the block,
-                 // padded_dim columns
+  C* sums;       // forward: [tile][d][lane] of the run of blocks; backward: gradient of the block
+                 // from the run of tiles, padded_dim columns, then that from all runs
 
   Scratch(C* memory, std::int64_t lanes, std::int64_t D)
       : logits(memory),
@@ -142,7 +143,7 @@ struct Scratch {
 template <typename C>
 std::int64_t scratch_size(std::int64_t lanes, std::int64_t D, std::int64_t num_tiles) {
   const std::int64_t forward = num_tiles * D * lanes,
-                     backward = (kMaxBlockRows + kMaxTileRows) * padded_dim<C>(D);
+                     backward = 2 * (kMaxBlockRows + kMaxTileRows) * padded_dim<C>(D);
   return (kMaxBlockRows + kMaxTileRows) * lanes + (kMaxBlockRows + 1) * padded_dim<C>(D) +
          (forward > backward ? forward : backward);
 }
@@ -276,10 +277,10 @@ void follow_maximum(const C* logits, std::int64_t num_rows, C* shift, double* to
   }
 }
 
-// logits <- e^(s - shift) * bank_scale; adds e^(s - shift) to total.
-template <int NV, typename C>
-void block_weights(C* logits, const BankContrastInputs& in, const Block<C>& block, const C* shift,
-                   double* total) {
+// logits <- weight * bank_scale; adds the terms to total.
+template <int NV, typename Objective, typename C>
+void block_weights(const Objective& objective, C* logits, const BankContrastInputs& in,
+                   const Block<C>& block, const C* shift, double* total) {
   using V = Vec<C>;
   constexpr std::int64_t lanes = NV * kLanes<C>;
   V sum[NV] = {}, offset[NV];
@@ -295,8 +296,8 @@ void block_weights(C* logits, const BankContrastInputs& in, const Block<C>& bloc
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       C* at = logits + k * lanes + v * kLanes<C>;
-      const V weight = exp(load<V>(at) - offset[v]);
-      sum[v] += weight;
+      const auto [term, weight] = objective(load<V>(at), offset[v]);
+      sum[v] += term;
       store(at, weight * scale);
     }
   }
@@ -321,10 +322,10 @@ void add_weighted_rows(C* sums, const C* weights, const Block<C>& block, std::in
 }
 
 template <typename C>
-void end_run(C* weighted_rows, C* sums, std::int64_t size) {
+void end_run(C* total, C* run, std::int64_t size) {
   for (std::int64_t n = 0; n < size; ++n) {
-    weighted_rows[n] += sums[n];
-    sums[n] = 0;
+    total[n] += run[n];
+    run[n] = 0;
   }
 }
 
@@ -333,15 +334,14 @@ void fill(C* out, std::int64_t size, C value) {
   for (std::int64_t n = 0; n < size; ++n) out[n] = value;
 }
 
-template <int NV, typename C>
-void scan_tiles(const BankSums<C>& out, const BankTask<C>& task) {
+template <int NV, typename Objective, typename C>
+void scan_tiles(const Objective& objective, const BankSums<C>& out, const BankTask<C>& task) {
   constexpr std::int64_t lanes = NV * kLanes<C>;
   const std::int64_t D = task.inputs->D, num_tiles = task.tile_end - task.tile_begin;
   const Scratch<C> scratch(task.scratch, lanes, D);
   fill(scratch.zero_row, D, C{0});
   fill(scratch.sums, num_tiles * D * lanes, C{0});
   fill(out.weighted_rows, num_tiles * D * lanes, C{0});
-  fill(out.shift, num_tiles * lanes, -kInfinity<C>);
   fill(out.total, num_tiles * lanes, 0.0);
   Block<C> block;
   std::int64_t blocks = 0;
@@ -352,9 +352,11 @@ void scan_tiles(const BankSums<C>& out, const BankTask<C>& task) {
       double* total = out.total + n * lanes;
       C* sums = scratch.sums + n * D * lanes;
       block_logits<NV>(scratch.logits, task, task.tile_begin + n, block, n == 0);
-      follow_maximum<NV>(scratch.logits, block.size, shift, total, sums,
-                         out.weighted_rows + n * D * lanes, D);
-      block_weights<NV>(scratch.logits, *task.inputs, block, shift, total);
+      if constexpr (Objective::kFollowsMaximum) {
+        follow_maximum<NV>(scratch.logits, block.size, shift, total, sums,
+                           out.weighted_rows + n * D * lanes, D);
+      }
+      block_weights<NV>(objective, scratch.logits, *task.inputs, block, shift, total);
       add_weighted_rows<NV>(sums, scratch.logits, block, D);
     }
     if (++blocks % kBlocksPerRun == 0)
@@ -363,16 +365,18 @@ void scan_tiles(const BankSums<C>& out, const BankTask<C>& task) {
   end_run(out.weighted_rows, scratch.sums, num_tiles * D * lanes);
 }
 
-// logits <- e^(s - lse) * coefficient: what each query adds of itself to each row's gradient.
-// 0 where lse is +inf: that marks lanes past B, and their logits, 0 times the row, may be NaN.
-template <int NV, typename C>
-void block_coefficients(C* logits, std::int64_t num_rows, const C* lse, const C* coefficient) {
+// logits <- weight * coefficient, with lse for shift: what each query adds of itself to each row's
+// gradient. 0 where lse is +inf: that marks lanes past B, and their logits, 0 times the row, may be
+// NaN.
+template <int NV, typename Objective, typename C>
+void block_coefficients(const Objective& objective, C* logits, std::int64_t num_rows, const C* lse,
+                        const C* coefficient) {
   for (std::int64_t k = 0; k < num_rows; ++k) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       C* at = logits + (k * NV + v) * kLanes<C>;
       const Vec<C> shift = load<Vec<C>>(lse + v * kLanes<C>);
-      const Vec<C> weight = exp(load<Vec<C>>(at) - shift);
+      const Vec<C> weight = objective(load<Vec<C>>(at), shift).weight;
       const Vec<C> product = weight * load<Vec<C>>(coefficient + v * kLanes<C>);
       store(at, shift == kInfinity<C> ? Vec<C>{} : product);
     }
@@ -418,8 +422,9 @@ void store_gradient(void* dbank, const BankContrastInputs& in, const Block<C>& b
   });
 }
 
-template <int NV, typename C>
-void backward_tiles(const BankGradient<C>& out, const BankTask<C>& task) {
+template <int NV, typename Objective, typename C>
+void backward_tiles(const Objective& objective, const BankGradient<C>& out,
+                    const BankTask<C>& task) {
   constexpr std::int64_t lanes = NV * kLanes<C>;
   const BankContrastInputs& in = *task.inputs;
   const std::int64_t columns = padded_dim<C>(in.D);
@@ -428,33 +433,45 @@ void backward_tiles(const BankGradient<C>& out, const BankTask<C>& task) {
   // Register tiles run past the last row: what is read there must be numbers, though nobody reads
   // the result.
   fill(scratch.logits, (kMaxBlockRows + kMaxTileRows) * lanes, C{0});
+  const std::int64_t size = (kMaxBlockRows + kMaxTileRows) * columns;
+  constexpr std::int64_t tiles_per_run = kQueriesPerRun / lanes;
+  const bool is_one_run = task.tile_end - task.tile_begin <= tiles_per_run;
+  C *run = scratch.sums, *gradient = is_one_run ? run : run + size;
   Block<C> block;
   for (std::int64_t begin = task.row_begin; begin < task.row_end; begin += block.size) {
     load_block(block, scratch, task, begin);
-    fill(scratch.sums, (kMaxBlockRows + kMaxTileRows) * columns, C{0});
+    fill(run, size, C{0});
+    if (!is_one_run) fill(gradient, size, C{0});
     for (std::int64_t tile = task.tile_begin; tile < task.tile_end; ++tile) {
       block_logits<NV>(scratch.logits, task, tile, block, tile == task.tile_begin);
-      block_coefficients<NV>(scratch.logits, block.size, out.lse + tile * lanes,
+      block_coefficients<NV>(objective, scratch.logits, block.size, out.lse + tile * lanes,
                              out.coefficient + tile * lanes);
-      add_queries(scratch.sums, columns, scratch.logits, block.size,
-                  out.row_query + tile * lanes * columns, lanes);
+      add_queries(run, columns, scratch.logits, block.size, out.row_query + tile * lanes * columns,
+                  lanes);
+      const bool ends =
+          tile + 1 == task.tile_end || (tile + 1 - task.tile_begin) % tiles_per_run == 0;
+      if (!is_one_run && ends) end_run(gradient, run, size);
     }
-    store_gradient(out.dbank, in, block, scratch.sums, columns);
+    store_gradient(out.dbank, in, block, gradient, columns);
   }
 }
 
 template <typename C>
 void scan(const BankSums<C>& out, const BankTask<C>& task) {
-  if (task.lanes == kLanes<C>) return scan_tiles<1>(out, task);
-  if (task.lanes == 2 * kLanes<C>) return scan_tiles<2>(out, task);
-  scan_tiles<kMaxTileVectors>(out, task);
+  with_objective<C>(*task.inputs, [&](const auto& objective) {
+    if (task.lanes == kLanes<C>) return scan_tiles<1>(objective, out, task);
+    if (task.lanes == 2 * kLanes<C>) return scan_tiles<2>(objective, out, task);
+    scan_tiles<kMaxTileVectors>(objective, out, task);
+  });
 }
 
 template <typename C>
 void backward(const BankGradient<C>& out, const BankTask<C>& task) {
-  if (task.lanes == kLanes<C>) return backward_tiles<1>(out, task);
-  if (task.lanes == 2 * kLanes<C>) return backward_tiles<2>(out, task);
-  backward_tiles<kMaxTileVectors>(out, task);
+  with_objective<C>(*task.inputs, [&](const auto& objective) {
+    if (task.lanes == kLanes<C>) return backward_tiles<1>(objective, out, task);
+    if (task.lanes == 2 * kLanes<C>) return backward_tiles<2>(objective, out, task);
+    backward_tiles<kMaxTileVectors>(objective, out, task);
+  });
 }
 
 }  // namespace

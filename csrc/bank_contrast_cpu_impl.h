@@ -22,11 +22,13 @@ struct BankTask {
   C* scratch;  // scratch_size elements, 64-byte aligned
 };
 
-// For every query of the task's tiles, over the allowed rows of its range: sum of e^{s - shift} and
-// of e^{s - shift} b. Indexed from tile_begin; shift is -inf where no row is allowed.
+// For every query of the task's tiles, over the allowed rows of its range, the sums of the terms
+// and of the weighted rows that objective.h names: for InfoNCE e^{s - shift} and e^{s - shift} b.
+// Indexed from tile_begin. The caller gives the shift to begin with, and it stays where no row is
+// allowed.
 template <typename C>
 struct BankSums {
-  C* shift;          // [tile][lane]
+  C* shift;          // [tile][lane], in and out
   double* total;     // [tile][lane]
   C* weighted_rows;  // [tile][d][lane]
 };

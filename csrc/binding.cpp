@@ -211,13 +211,12 @@ double scalar_value(const Tensor& tensor, const char* name) {
   return *tensor.const_data_ptr<float>();
 }
 
-BankContrastArguments bank_contrast_arguments(const Tensor& query, const Tensor& bank,
-                                              const Tensor& inv_temperature,
-                                              const OptionalTensor& bank_scale,
-                                              const OptionalTensor& labels,
-                                              const OptionalTensor& bank_labels,
-                                              const OptionalTensor& exclude_index,
-                                              const OptionalTensor& valid) {
+BankContrastArguments bank_contrast_arguments(
+    const Tensor& query, const Tensor& bank, const Tensor& inv_temperature,
+    const OptionalTensor& bank_scale, const OptionalTensor& labels,
+    const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
+    const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
+    std::int64_t num_data) {
   STD_TORCH_CHECK(query.dim() == 2 && query.is_cpu(), "`query` must be a (B, D) tensor on the CPU");
   STD_TORCH_CHECK(bank.dim() == 2, "`bank` must be a (K, D) tensor");
   const std::int64_t B = query.size(0), K = bank.size(0), D = query.size(1);
@@ -252,7 +251,13 @@ BankContrastArguments bank_contrast_arguments(const Tensor& query, const Tensor&
                     D,
                     compute,
                     dtype_of(bank, "bank"),
-                    scalar_value(inv_temperature, "inv_temperature")};
+                    scalar_value(inv_temperature, "inv_temperature"),
+                    log_partition ? Objective::kNce : Objective::kInfoNce,
+                    log_partition ? scalar_value(*log_partition, "log_partition") : 0.0,
+                    static_cast<double>(num_noise) / static_cast<double>(num_data)};
+  STD_TORCH_CHECK(!log_partition || (num_noise > 0 && num_data > 0),
+                  "`num_noise` and `num_data` must be positive, got ", num_noise, " and ",
+                  num_data);
   return arguments;
 }
 
@@ -293,9 +298,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_contrast(
     const Tensor& query, const Tensor& positive, const Tensor& bank, const Tensor& inv_temperature,
     const OptionalTensor& bank_scale, const OptionalTensor& labels,
     const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
-    const OptionalTensor& valid) {
-  const BankContrastArguments arguments = bank_contrast_arguments(
-      query, bank, inv_temperature, bank_scale, labels, bank_labels, exclude_index, valid);
+    const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
+    std::int64_t num_data) {
+  const BankContrastArguments arguments =
+      bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
+                              exclude_index, valid, log_partition, num_noise, num_data);
   return contrast("bank_contrast", query, positive, arguments.view,
                   [&](const BankContrastOutputs& outputs, const void* positive_data) {
                     return bank_contrast_cpu(outputs, positive_data, arguments.view,
@@ -307,9 +314,12 @@ Tensor bank_contrast_backward(const Tensor& grad_loss, const Tensor& query, cons
                               const Tensor& inv_temperature, const Tensor& lse,
                               const OptionalTensor& bank_scale, const OptionalTensor& labels,
                               const OptionalTensor& bank_labels,
-                              const OptionalTensor& exclude_index, const OptionalTensor& valid) {
-  const BankContrastArguments arguments = bank_contrast_arguments(
-      query, bank, inv_temperature, bank_scale, labels, bank_labels, exclude_index, valid);
+                              const OptionalTensor& exclude_index, const OptionalTensor& valid,
+                              const OptionalTensor& log_partition, std::int64_t num_noise,
+                              std::int64_t num_data) {
+  const BankContrastArguments arguments =
+      bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
+                              exclude_index, valid, log_partition, num_noise, num_data);
   return contrast_backward("bank_contrast_backward", grad_loss, lse, query, bank,
                            [&](void* dbank, const void* grad_data, const void* lse_data) {
                              return bank_contrast_backward_cpu(dbank, grad_data, lse_data,
@@ -327,10 +337,11 @@ IndexedContrastArguments indexed_contrast_arguments(
     const Tensor& query, const Tensor& bank, const Tensor& inv_temperature,
     const Tensor& index_view, const OptionalTensor& bank_scale, const OptionalTensor& labels,
     const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
-    const OptionalTensor& valid) {
+    const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
+    std::int64_t num_data) {
   IndexedContrastArguments arguments{
       bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
-                              exclude_index, valid),
+                              exclude_index, valid, log_partition, num_noise, num_data),
       torch::stable::contiguous(index_view),
       {}};
   const BankContrastInputs& view = arguments.bank.view;
@@ -351,9 +362,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> indexed_contrast(
     const Tensor& query, const Tensor& positive, const Tensor& bank, const Tensor& inv_temperature,
     const Tensor& index, const OptionalTensor& bank_scale, const OptionalTensor& labels,
     const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
-    const OptionalTensor& valid) {
+    const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
+    std::int64_t num_data) {
   const IndexedContrastArguments arguments = indexed_contrast_arguments(
-      query, bank, inv_temperature, index, bank_scale, labels, bank_labels, exclude_index, valid);
+      query, bank, inv_temperature, index, bank_scale, labels, bank_labels, exclude_index, valid,
+      log_partition, num_noise, num_data);
   return contrast("indexed_contrast", query, positive, arguments.bank.view,
                   [&](const BankContrastOutputs& outputs, const void* positive_data) {
                     return indexed_contrast_cpu(outputs, positive_data, arguments.view,
@@ -365,9 +378,12 @@ Tensor indexed_contrast_backward(const Tensor& grad_loss, const Tensor& query, c
                                  const Tensor& inv_temperature, const Tensor& lse,
                                  const Tensor& index, const OptionalTensor& bank_scale,
                                  const OptionalTensor& labels, const OptionalTensor& bank_labels,
-                                 const OptionalTensor& exclude_index, const OptionalTensor& valid) {
+                                 const OptionalTensor& exclude_index, const OptionalTensor& valid,
+                                 const OptionalTensor& log_partition, std::int64_t num_noise,
+                                 std::int64_t num_data) {
   const IndexedContrastArguments arguments = indexed_contrast_arguments(
-      query, bank, inv_temperature, index, bank_scale, labels, bank_labels, exclude_index, valid);
+      query, bank, inv_temperature, index, bank_scale, labels, bank_labels, exclude_index, valid,
+      log_partition, num_noise, num_data);
   return contrast_backward("indexed_contrast_backward", grad_loss, lse, query, bank,
                            [&](void* dbank, const void* grad_data, const void* lse_data) {
                              return indexed_contrast_backward_cpu(dbank, grad_data, lse_data,
@@ -407,10 +423,12 @@ void bank_update(Tensor bank, const Tensor& index_view, const Tensor& keys_view,
 }  // namespace
 }  // namespace codir_fast
 
-// What picks and scales the negatives, and what a contrastive operator gives.
-#define NEGATIVES                                                            \
-  "Tensor? bank_scale=None, Tensor? labels=None, Tensor? bank_labels=None, " \
-  "Tensor? exclude_index=None, Tensor? valid=None"
+// What picks and scales the negatives, then the objective (NCE where log_partition is given), and
+// what a contrastive operator gives.
+#define NEGATIVES                                                                \
+  "Tensor? bank_scale=None, Tensor? labels=None, Tensor? bank_labels=None, "     \
+  "Tensor? exclude_index=None, Tensor? valid=None, Tensor? log_partition=None, " \
+  "SymInt num_noise=1, SymInt num_data=1"
 #define LOSS_AND_GRADIENTS \
   "(Tensor loss, Tensor lse, Tensor dquery, Tensor dpositive, Tensor dinv_temperature)"
 

@@ -39,29 +39,49 @@ Range share(std::int64_t size, std::int64_t parts, std::int64_t part) {
   return {size * part / parts, size * (part + 1) / parts};
 }
 
+// Where the shift of a query's sums begins: NCE's stays there, InfoNCE's follows the maximum.
+double first_shift(const BankContrastInputs& in) {
+  return in.objective == Objective::kNce ? in.log_partition + std::log(in.noise_ratio + kNceEps)
+                                         : -std::numeric_limits<double>::infinity();
+}
+
 // How queries lie in tiles.
 struct Tiling {
   std::int64_t lanes, tiles;
   std::int64_t size() const { return lanes * tiles; }
 };
 
+// Per range of rows: shift and total (tiling.size(),), weighted_rows (tiling.size() * D).
 template <typename C>
 struct PartialSums {
   Buffer<C> shift, weighted_rows;
   Buffer<double> total;
+
+  PartialSums(std::int64_t row_ranges, const Tiling& tiling, const BankContrastInputs& in)
+      : shift(allocate<C>(row_ranges * tiling.size())),
+        weighted_rows(allocate<C>(row_ranges * tiling.size() * in.D)),
+        total(allocate<double>(row_ranges * tiling.size())) {
+    if (shift) std::fill_n(shift.get(), row_ranges * tiling.size(), C(first_shift(in)));
+  }
+
   bool allocated() const { return shift && weighted_rows && total; }
 };
 
-// Adds the partial sums of query i over the ranges of rows, in their order: log of the sum of e^s,
-// and the mean of the rows under softmax, (D,). -inf and 0 where no row is allowed.
+// A query's sums over all its negatives: total of the terms, taken relative to e^shift by InfoNCE.
+struct QuerySums {
+  double shift, total;
+};
+
+// Adds the partial sums of query i over the ranges of rows, in their order, and its weighted rows
+// into weighted_row (D,).
 template <typename C>
-double add_ranges(double* mean_row, const PartialSums<C>& sums, const Tiling& tiling,
-                  std::int64_t D, std::int64_t row_ranges, std::int64_t i) {
+QuerySums add_ranges(double* weighted_row, const PartialSums<C>& sums, const Tiling& tiling,
+                     std::int64_t D, std::int64_t row_ranges, std::int64_t i) {
   double shift = -std::numeric_limits<double>::infinity();
   for (std::int64_t range = 0; range < row_ranges; ++range) {
     shift = std::max(shift, static_cast<double>(sums.shift[range * tiling.size() + i]));
   }
-  std::fill_n(mean_row, D, 0.0);
+  std::fill_n(weighted_row, D, 0.0);
   double total = 0;
   for (std::int64_t range = 0; range < row_ranges; ++range) {
     const std::int64_t at = range * tiling.size() + i;
@@ -71,37 +91,51 @@ double add_ranges(double* mean_row, const PartialSums<C>& sums, const Tiling& ti
     const C* rows =
         sums.weighted_rows.get() + (range * tiling.tiles + i / tiling.lanes) * D * tiling.lanes;
     for (std::int64_t d = 0; d < D; ++d)
-      mean_row[d] += factor * rows[d * tiling.lanes + i % tiling.lanes];
+      weighted_row[d] += factor * rows[d * tiling.lanes + i % tiling.lanes];
     total += factor * sums.total[at];
   }
-  for (std::int64_t d = 0; d < D && total != 0; ++d) mean_row[d] /= total;
-  return total == 0 ? -std::numeric_limits<double>::infinity()
-                    : (std::isinf(shift) ? 0.0 : shift) + std::log(total);
+  return {std::isinf(shift) ? 0.0 : shift, total};
 }
+
+// log(1 + e^x) and its derivative.
+struct Softplus {
+  double value, slope;
+
+  explicit Softplus(double x) {
+    const double e = std::exp(-std::abs(x));
+    value = std::max(x, 0.0) + std::log1p(e);
+    slope = (x > 0 ? 1.0 : e) / (1.0 + e);
+  }
+};
 
 template <typename C>
 void finish_query(const BankContrastOutputs& outputs, const C* q, const C* p,
-                  const double* mean_row, double log_sum, std::int64_t i, std::int64_t D,
-                  double inv_temperature) {
-  double positive = 0, mean_logit = 0;
-  for (std::int64_t d = 0; d < D; ++d) {
+                  const double* weighted_row, const QuerySums& sums, std::int64_t i,
+                  const BankContrastInputs& in) {
+  double positive = 0, negatives = 0;
+  for (std::int64_t d = 0; d < in.D; ++d) {
     positive += static_cast<double>(q[d]) * p[d];
-    mean_logit += static_cast<double>(q[d]) * mean_row[d];
+    negatives += static_cast<double>(q[d]) * weighted_row[d];
   }
-  // With gap = log(sum over negatives / e^{s+}): loss = log(1 + e^gap), negatives' share of the
-  // softmax 1/(1 + e^-gap).
-  const double gap = log_sum - positive * inv_temperature;
-  const double e = std::exp(-std::abs(gap));
-  const double loss = std::max(gap, 0.0) + std::log1p(e);
-  const double share = (gap > 0 ? 1.0 : e) / (1.0 + e);
+  // Both are softplus of a gap to the positive. InfoNCE: the gap is log(sum over negatives /
+  // e^{s+}), the slope the negatives' share of the softmax, which their weights divide.
+  const bool is_nce = in.objective == Objective::kNce;
+  const double positive_logit = positive * in.inv_temperature;
+  const double log_sum = is_nce ? first_shift(in) : sums.shift + std::log(sums.total);
+  const Softplus gap(log_sum - positive_logit);
+  const double loss = is_nce ? gap.value + sums.total : gap.value;
+  const double lse = is_nce ? log_sum : positive_logit + loss;
+  const double weight = is_nce ? 1 : sums.total == 0 ? 0 : gap.slope / sums.total;
+
   static_cast<C*>(outputs.loss)[i] = static_cast<C>(loss);
-  static_cast<C*>(outputs.lse)[i] = static_cast<C>(positive * inv_temperature + loss);
-  static_cast<C*>(outputs.dinv_temperature)[i] = static_cast<C>(share * (mean_logit - positive));
-  C* dquery = static_cast<C*>(outputs.dquery) + i * D;
-  C* dpositive = static_cast<C*>(outputs.dpositive) + i * D;
-  for (std::int64_t d = 0; d < D; ++d) {
-    dquery[d] = static_cast<C>(share * (mean_row[d] - p[d]) * inv_temperature);
-    dpositive[d] = static_cast<C>(-share * q[d] * inv_temperature);
+  static_cast<C*>(outputs.lse)[i] = static_cast<C>(lse);
+  static_cast<C*>(outputs.dinv_temperature)[i] =
+      static_cast<C>(weight * negatives - gap.slope * positive);
+  C* dquery = static_cast<C*>(outputs.dquery) + i * in.D;
+  C* dpositive = static_cast<C*>(outputs.dpositive) + i * in.D;
+  for (std::int64_t d = 0; d < in.D; ++d) {
+    dquery[d] = static_cast<C>((weight * weighted_row[d] - gap.slope * p[d]) * in.inv_temperature);
+    dpositive[d] = static_cast<C>(-gap.slope * q[d] * in.inv_temperature);
   }
 }
 

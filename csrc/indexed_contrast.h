@@ -1,4 +1,5 @@
-// indexed_contrast: InfoNCE of B queries, each against its own M rows of a bank, named by index:
+// indexed_contrast: contrastive loss of B queries, each against its own M rows of a bank, named by
+// index:
 //   as bank_contrast.h, with A_i = the positions m whose row j = index[i, m] counts for query i.
 // A row that is named twice counts twice. Rows are gathered as they are used: nothing of size
 // B x M x D exists.

@@ -47,10 +47,9 @@ Status forward(const BankContrastOutputs& outputs, const C* positive,
   const Tiling tiling{1, in.B};
 
   const Buffer<C> scratch = allocate<C>(threads * scratch_size);
-  const Buffer<double> mean_rows = allocate<double>(threads * in.D);
-  const PartialSums<C> sums{allocate<C>(ranges * in.B), allocate<C>(ranges * in.B * in.D),
-                            allocate<double>(ranges * in.B)};
-  if (!scratch || !mean_rows || !sums.allocated()) return Status::kOutOfMemory;
+  const Buffer<double> weighted_rows = allocate<double>(threads * in.D);
+  const PartialSums<C> sums(ranges, tiling, in);
+  if (!scratch || !weighted_rows || !sums.allocated()) return Status::kOutOfMemory;
 
   executor.parallel_for(threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t thread = begin; thread < end; ++thread) {
@@ -67,12 +66,11 @@ Status forward(const BankContrastOutputs& outputs, const C* positive,
   executor.parallel_for(threads, [&](std::int64_t begin, std::int64_t end) {
     const C* query = static_cast<const C*>(in.query);
     for (std::int64_t thread = begin; thread < end; ++thread) {
-      double* mean_row = mean_rows.get() + thread * in.D;
+      double* weighted_row = weighted_rows.get() + thread * in.D;
       const Range queries = share(in.B, threads, thread);
       for (std::int64_t i = queries.begin; i < queries.end; ++i) {
-        const double log_sum = add_ranges(mean_row, sums, tiling, in.D, ranges, i);
-        finish_query(outputs, query + i * in.D, positive + i * in.D, mean_row, log_sum, i, in.D,
-                     in.inv_temperature);
+        const QuerySums total = add_ranges(weighted_row, sums, tiling, in.D, ranges, i);
+        finish_query(outputs, query + i * in.D, positive + i * in.D, weighted_row, total, i, in);
       }
     }
   });

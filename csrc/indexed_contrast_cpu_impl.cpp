@@ -1,11 +1,13 @@
 // One query against rows named by index, for one instruction set (CODIR_FAST_ISA_NAMESPACE).
-// Rows lie anywhere in the bank, so memory latency rules: rows further on are fetched while those
-// at hand are used. A chunk of rows gives its logits, follows the maximum, and is then added to O
-// from cache. Never materialised: anything of size M x D.
+// Rows lie anywhere in the bank, so memory latency rules: rows further on are fetched into L2 while
+// those at hand are used. A chunk of rows gives its logits and is then added to O from L1. Never
+// materialised: anything of size M x D. Sums are hierarchical (chunk, run of chunks, total), so
+// that O does not stagnate on rows that are alike.
 #include "indexed_contrast_cpu_impl.h"
 
 #include <limits>
 
+#include "objective.h"
 #include "simd/vec.h"
 #include "storage.h"
 
@@ -13,16 +15,18 @@ namespace codir_fast {
 namespace CODIR_FAST_ISA_NAMESPACE {
 namespace {
 
-constexpr std::int64_t kChunk = 64;  // rows, a multiple of all vector widths
-constexpr std::int64_t kAhead = 16;  // rows between the one fetched and the one used
+constexpr std::int64_t kChunk = 32;  // rows, a multiple of all vector widths
+constexpr std::int64_t kChunksPerRun = 64;
+constexpr std::int64_t kAhead = 32;  // rows between the one fetched and the one used
 constexpr int kColumns = 4;          // vectors of O that are summed in registers
 
 template <typename C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
+// O of the run of chunks, then a chunk of rows, where the bank is of another type than C.
 template <typename C>
 std::int64_t scratch_size(std::int64_t D) {
-  return kChunk * D;  // a chunk of rows, where the bank is of another type than C
+  return D + kChunk * D;
 }
 
 // The rows of a chunk that count, as C, and what they count.
@@ -41,16 +45,20 @@ bool counts(const BankContrastInputs& in, std::int64_t i, std::int64_t j) {
          (in.exclude_index == nullptr || in.exclude_index[i] != j);
 }
 
+// Into L2, all cache lines that the row touches: L1 has too few places for lines under way.
 template <typename T>
 void fetch(const T* row, std::int64_t D) {
-  for (std::int64_t d = 0; d < D; d += 64 / static_cast<std::int64_t>(sizeof(T))) {
-    __builtin_prefetch(row + d, 0, 3);
+  constexpr std::uintptr_t kLine = 64;
+  const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(row + D);
+  for (std::uintptr_t at = reinterpret_cast<std::uintptr_t>(row) / kLine * kLine; at < end;
+       at += kLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
   }
 }
 
 template <typename C>
 void load_chunk(Chunk<C>& chunk, const IndexedContrastInputs& inputs, std::int64_t i,
-                std::int64_t begin, std::int64_t end, C* scratch) {
+                std::int64_t begin, std::int64_t end, C* converted) {
   const BankContrastInputs& in = inputs.bank;
   const std::int64_t* index = inputs.index + i * inputs.M;
   chunk.size = 0;
@@ -67,8 +75,8 @@ void load_chunk(Chunk<C>& chunk, const IndexedContrastInputs& inputs, std::int64
         chunk.rows[n] = bank + j * in.D;
       } else {
         if (m + kAhead < end) fetch(bank + index[m + kAhead] * in.D, in.D);
-        convert(scratch + n * in.D, bank + j * in.D, in.D);
-        chunk.rows[n] = scratch + n * in.D;
+        convert(converted + n * in.D, bank + j * in.D, in.D);
+        chunk.rows[n] = converted + n * in.D;
       }
     }
   });
@@ -114,37 +122,63 @@ void chunk_logits(Chunk<C>& chunk, const IndexedContrastInputs& inputs, std::int
     chunk.logits[n] =
         dot(query, chunk.rows[n], in.D) * (static_cast<C>(in.inv_temperature) * chunk.scale[n]);
   }
-  for (std::int64_t n = chunk.size; n < kChunk; ++n) chunk.logits[n] = -kInfinity<C>;
-}
-
-// logits <- e^(logits - shift), 0 past the chunk's size.
-template <typename C>
-void exponentiate(Chunk<C>& chunk, C shift) {
-  for (std::int64_t n = 0; n < kChunk; n += kLanes<C>) {
-    store(chunk.logits + n, exp(load<Vec<C>>(chunk.logits + n) - splat(shift)));
+  for (std::int64_t n = chunk.size; n < kChunk; ++n) {
+    chunk.logits[n] = -kInfinity<C>;
+    chunk.scale[n] = 0;
   }
 }
 
-// sums += weights x rows.
+// Brings the shift up to the chunk's maximum, and the sums with it: those of the run, and O.
+template <typename C>
+void follow_maximum(const IndexedSums<C>& out, C* run, const Chunk<C>& chunk, std::int64_t D) {
+  C maximum = -kInfinity<C>;
+  for (std::int64_t n = 0; n < chunk.size; ++n) {
+    maximum = chunk.logits[n] > maximum ? chunk.logits[n] : maximum;
+  }
+  if (!(maximum > *out.shift)) return;
+  const C factor = exp(splat(*out.shift - maximum))[0];
+  *out.shift = maximum;
+  *out.total *= static_cast<double>(factor);
+  for (std::int64_t d = 0; d < D; ++d) {
+    run[d] *= factor;
+    out.weighted_rows[d] *= factor;
+  }
+}
+
+// weights (kChunk,) <- weight * scale, 0 past the chunk's size; returns the sum of the terms.
+template <typename Objective, typename C>
+C chunk_weights(const Objective& objective, C* weights, const Chunk<C>& chunk, C shift) {
+  Vec<C> sum{};
+  for (std::int64_t n = 0; n < kChunk; n += kLanes<C>) {
+    const auto [term, weight] = objective(load<Vec<C>>(chunk.logits + n), splat(shift));
+    sum += term;
+    store(weights + n, weight * load<Vec<C>>(chunk.scale + n));
+  }
+  return sum_lanes<C>(sum);
+}
+
+// sums[d..] += weights x rows[d..], N vectors of columns; returns the first column after them.
+template <int N, typename C>
+std::int64_t add_columns(C* sums, const Chunk<C>& chunk, const C* weights, std::int64_t d) {
+  using V = Vec<C>;
+  V sum[N] = {};
+  for (std::int64_t n = 0; n < chunk.size; ++n) {
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) sum[v] += load<V>(chunk.rows[n] + d + v * kLanes<C>) * weights[n];
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) {
+    C* to = sums + d + v * kLanes<C>;
+    store(to, load<V>(to) + sum[v]);
+  }
+  return d + N * kLanes<C>;
+}
+
 template <typename C>
 void add_rows(C* sums, const Chunk<C>& chunk, const C* weights, std::int64_t D) {
-  using V = Vec<C>;
-  constexpr std::int64_t step = kColumns * kLanes<C>;
   std::int64_t d = 0;
-  for (; d + step <= D; d += step) {
-    V sum[kColumns] = {};
-    for (std::int64_t n = 0; n < chunk.size; ++n) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kColumns; ++v) {
-        sum[v] += load<V>(chunk.rows[n] + d + v * kLanes<C>) * weights[n];
-      }
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < kColumns; ++v) {
-      C* to = sums + d + v * kLanes<C>;
-      store(to, load<V>(to) + sum[v]);
-    }
-  }
+  while (d + kColumns * kLanes<C> <= D) d = add_columns<kColumns>(sums, chunk, weights, d);
+  while (d + kLanes<C> <= D) d = add_columns<1>(sums, chunk, weights, d);
   for (; d < D; ++d) {
     C sum = 0;
     for (std::int64_t n = 0; n < chunk.size; ++n) sum += chunk.rows[n][d] * weights[n];
@@ -153,36 +187,43 @@ void add_rows(C* sums, const Chunk<C>& chunk, const C* weights, std::int64_t D) 
 }
 
 template <typename C>
+void end_run(C* weighted_rows, C* run, std::int64_t D) {
+  for (std::int64_t d = 0; d < D; ++d) {
+    weighted_rows[d] += run[d];
+    run[d] = 0;
+  }
+}
+
+template <typename Objective, typename C>
+void scan_positions(const Objective& objective, const IndexedSums<C>& out,
+                    const IndexedContrastInputs& inputs, std::int64_t i, std::int64_t begin,
+                    std::int64_t end, C* scratch) {
+  const std::int64_t D = inputs.bank.D;
+  C *run = scratch, *converted = scratch + D;
+  *out.total = 0;
+  for (std::int64_t d = 0; d < D; ++d) out.weighted_rows[d] = run[d] = 0;
+  Chunk<C> chunk;
+  C weights[kChunk];
+  for (std::int64_t chunks = 1; begin < end; begin += kChunk, ++chunks) {
+    load_chunk(chunk, inputs, i, begin, end, converted);
+    if (chunk.size > 0) {
+      chunk_logits(chunk, inputs, i, end);
+      if constexpr (Objective::kFollowsMaximum) follow_maximum(out, run, chunk, D);
+      const C shift = *out.shift == -kInfinity<C> ? C{0} : *out.shift;  // no finite logit so far
+      *out.total += static_cast<double>(chunk_weights(objective, weights, chunk, shift));
+      add_rows(run, chunk, weights, D);
+    }
+    if (chunks % kChunksPerRun == 0) end_run(out.weighted_rows, run, D);
+  }
+  end_run(out.weighted_rows, run, D);
+}
+
+template <typename C>
 void scan(const IndexedSums<C>& out, const IndexedContrastInputs& inputs, std::int64_t i,
           std::int64_t begin, std::int64_t end, C* scratch) {
-  const std::int64_t D = inputs.bank.D;
-  *out.shift = -kInfinity<C>;
-  *out.total = 0;
-  for (std::int64_t d = 0; d < D; ++d) out.weighted_rows[d] = 0;
-  Chunk<C> chunk;
-  for (; begin < end; begin += kChunk) {
-    load_chunk(chunk, inputs, i, begin, end, scratch);
-    if (chunk.size == 0) continue;
-    chunk_logits(chunk, inputs, i, end);
-    C maximum = -kInfinity<C>;
-    for (std::int64_t n = 0; n < chunk.size; ++n) {
-      maximum = chunk.logits[n] > maximum ? chunk.logits[n] : maximum;
-    }
-    if (maximum > *out.shift) {
-      const C factor = exp(splat(*out.shift - maximum))[0];
-      *out.shift = maximum;
-      *out.total *= static_cast<double>(factor);
-      for (std::int64_t d = 0; d < D; ++d) out.weighted_rows[d] *= factor;
-    }
-    exponentiate(chunk, *out.shift == -kInfinity<C> ? C{0} : *out.shift);
-    C weights[kChunk], sum = 0;
-    for (std::int64_t n = 0; n < chunk.size; ++n) {
-      sum += chunk.logits[n];
-      weights[n] = chunk.logits[n] * chunk.scale[n];
-    }
-    *out.total += static_cast<double>(sum);
-    add_rows(out.weighted_rows, chunk, weights, D);
-  }
+  with_objective<C>(inputs.bank, [&](const auto& objective) {
+    scan_positions(objective, out, inputs, i, begin, end, scratch);
+  });
 }
 
 template <typename C>
@@ -190,16 +231,19 @@ void coefficients(C* coefficient, const IndexedContrastInputs& inputs, std::int6
                   C lse, C* scratch) {
   const C share = grad * static_cast<C>(inputs.bank.inv_temperature);
   Chunk<C> chunk;
+  C weights[kChunk];
   for (std::int64_t m = 0; m < inputs.M; ++m) coefficient[m] = 0;
-  for (std::int64_t begin = 0; begin < inputs.M; begin += kChunk) {
-    load_chunk(chunk, inputs, i, begin, inputs.M, scratch);
-    if (chunk.size == 0) continue;
-    chunk_logits(chunk, inputs, i, inputs.M);
-    exponentiate(chunk, lse);
-    for (std::int64_t n = 0; n < chunk.size; ++n) {
-      coefficient[chunk.position[n]] = chunk.logits[n] * share * chunk.scale[n];
+  with_objective<C>(inputs.bank, [&](const auto& objective) {
+    for (std::int64_t begin = 0; begin < inputs.M; begin += kChunk) {
+      load_chunk(chunk, inputs, i, begin, inputs.M, scratch);
+      if (chunk.size == 0) continue;
+      chunk_logits(chunk, inputs, i, inputs.M);
+      chunk_weights(objective, weights, chunk, lse);
+      for (std::int64_t n = 0; n < chunk.size; ++n) {
+        coefficient[chunk.position[n]] = weights[n] * share;
+      }
     }
-  }
+  });
 }
 
 }  // namespace

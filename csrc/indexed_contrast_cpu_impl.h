@@ -8,11 +8,11 @@
 
 namespace codir_fast {
 
-// Sums over the positions [begin, end) of query i: shift, sum of e^{s - shift}, and sum of
-// e^{s - shift} b (D,). shift is -inf where no position counts.
+// Sums over the positions [begin, end) of query i, as BankSums: of the terms, and of the weighted
+// rows (D,).
 template <typename C>
 struct IndexedSums {
-  C* shift;
+  C* shift;  // in and out
   double* total;
   C* weighted_rows;
 };
@@ -22,8 +22,8 @@ struct IndexedKernels {
   std::int64_t (*scratch_size)(std::int64_t D);
   void (*scan)(const IndexedSums<C>&, const IndexedContrastInputs&, std::int64_t i,
                std::int64_t begin, std::int64_t end, C* scratch);
-  // coefficient (M,) <- bank_scale_j * grad * e^{s - lse} / t for query i, 0 where a position does
-  // not count.
+  // coefficient (M,) <- bank_scale_j * grad * weight / t for query i, with lse for shift; 0 where a
+  // position does not count.
   void (*coefficients)(C* coefficient, const IndexedContrastInputs&, std::int64_t i, C grad, C lse,
                        C* scratch);
 };

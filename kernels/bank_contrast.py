@@ -1,10 +1,14 @@
-"""bank_contrast: InfoNCE of B queries against all K bank rows; loss and gradients in one bank pass.
+"""bank_contrast: contrastive loss of B queries against all K bank rows; loss and gradients in one
+bank pass.
 
-A program holds BLOCK_B queries and walks over its split of the bank: s = q.b/t, and sums of e^s and
-of e^s b under a running maximum, as attention does with keys = values = bank. The second kernel
+A program holds BLOCK_B queries and walks over its split of the bank: s = q.b/t, and for InfoNCE
+sums of e^s and of e^s b under a running maximum, as attention does with keys = values = bank; for
+NCE, with a = s - log Z - log(c + eps), sums of softplus(a) and of sigmoid(a) b. The second kernel
 merges the splits in a fixed order and finishes loss and gradients in float64. Nothing of size B x K
 exists; partial sums (splits, B, D + 2) are allocated by the launcher.
 """
+
+import math
 
 import torch
 import triton
@@ -14,6 +18,8 @@ from torch import Tensor
 
 MAX_DIM = 256
 BANK_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+NCE_EPS = 1e-7  # as in codir_fast.reference
 
 # Three products of tf32 parts make one of float32; "fma" multiplies and adds as written.
 PRECISION = {torch.float32: "tf32x3", torch.float64: "fma"}
@@ -37,6 +43,19 @@ def _load_scale(
     if HAS_SCALE:
         scale = tl.load(scale_ptr + j, mask=usable, other=0.0)
     return scale, usable
+
+
+@triton.jit
+def _logistic(a):
+    """sigmoid(a) and softplus(a) = log(1 + e^a), with full relative precision where they are
+    tiny.
+    """
+    small = tl.exp(-tl.abs(a))
+    one = 1.0 + small
+    # log(one) misses what rounding took from `small` in the sum; the quotient puts it back.
+    exact = one == 1.0
+    log1p = tl.where(exact, small, tl.log(one) * (small / tl.where(exact, 1.0, one - 1.0)))
+    return tl.where(a > 0, 1.0, small) / one, tl.where(a > 0, a, 0.0) + log1p
 
 
 @triton.jit
@@ -112,6 +131,7 @@ def bank_contrast_kernel(
     bank_labels_ptr,
     exclude_ptr,
     valid_ptr,
+    nce_ptr,
     B,
     K,
     D,
@@ -120,6 +140,7 @@ def bank_contrast_kernel(
     HAS_LABELS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    NCE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -127,13 +148,19 @@ def bank_contrast_kernel(
     CHUNK_D: tl.constexpr,
 ):
     """Grid (blocks of B, splits): maximum m (splits, B) of s, total sum of e^{s - m}, rows
-    (splits, B, D) sum of e^{s - m} b.
+    (splits, B, D) sum of e^{s - m} b. NCE: m is 0, total the sum of its terms, rows that of
+    sigmoid(a) b; nce_ptr holds log Z + log(c + eps) and log(1 + eps / c).
     """
     ACC: tl.constexpr = query_ptr.dtype.element_ty
     i = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inv_temperature = tl.load(inv_temperature_ptr)
-    maximum = tl.full((BLOCK_B,), -float("inf"), ACC)
+    if NCE:
+        maximum = tl.zeros((BLOCK_B,), ACC)
+        offset = tl.load(nce_ptr)
+        extra = tl.load(nce_ptr + 1)
+    else:
+        maximum = tl.full((BLOCK_B,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_B,), ACC)
     lost = tl.zeros((BLOCK_B,), ACC)
     rows = tl.zeros((BLOCK_B, BLOCK_D), ACC)
@@ -162,19 +189,26 @@ def bank_contrast_kernel(
             BLOCK_D,
             CHUNK_D,
         )
-        larger = tl.maximum(maximum, tl.max(s, 1))
-        shift = tl.where(larger == -float("inf"), 0.0, larger)  # no allowed row yet
-        rescale = tl.exp(maximum - shift)
-        weight = tl.exp(s - shift[:, None])
-        maximum = larger
+        if NCE:
+            weight, term = _logistic(s - offset)
+            term = tl.where(s == -float("inf"), 0.0, term + extra)
+        else:
+            larger = tl.maximum(maximum, tl.max(s, 1))
+            shift = tl.where(larger == -float("inf"), 0.0, larger)  # no allowed row yet
+            rescale = tl.exp(maximum - shift)
+            weight = tl.exp(s - shift[:, None])
+            term = weight
+            maximum = larger
+            lost = lost * rescale
+            total = total * rescale
+            rows = rows * rescale[:, None]
         # Compensated (Kahan): a sum of many tiles would wear off the last digits.
-        lost = lost * rescale
-        increment = tl.sum(weight, 1) - lost
-        before = total * rescale
+        increment = tl.sum(term, 1) - lost
+        before = total
         total = before + increment
         lost = (total - before) - increment
         bank = _load_rows(bank_ptr, j, usable, d, D, ACC)
-        rows = _add_rows(rows * rescale[:, None], weight * scale[None, :], bank, PRECISION)
+        rows = _add_rows(rows, weight * scale[None, :], bank, PRECISION)
     out = split * B + i
     tl.store(maximum_ptr + out, maximum, mask=i < B)
     tl.store(total_ptr + out, total, mask=i < B)
@@ -195,9 +229,11 @@ def bank_contrast_combine_kernel(
     query_ptr,
     positive_ptr,
     inv_temperature_ptr,
+    nce_ptr,
     B,
     D,
     splits,
+    NCE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -213,7 +249,7 @@ def bank_contrast_combine_kernel(
     largest = tl.max(largest, 0)
     shift = tl.where(largest == -float("inf"), 0.0, largest)
     total = tl.zeros((BLOCK_S,), tl.float64)
-    mean = tl.zeros((BLOCK_D,), tl.float64)
+    summed = tl.zeros((BLOCK_D,), tl.float64)
     for n0 in range(0, splits, BLOCK_S):
         n = (n0 + tl.arange(0, BLOCK_S)).to(tl.int64)
         maximum = tl.load(maximum_ptr + n * B + i, mask=n < splits, other=-float("inf"))
@@ -224,28 +260,30 @@ def bank_contrast_combine_kernel(
             mask=(n < splits)[:, None] & inside[None, :],
             other=0.0,
         )
-        mean += tl.sum(weight[:, None] * rows, 0)
+        summed += tl.sum(weight[:, None] * rows, 0)
     total = tl.sum(total, 0)
-    mean = mean / tl.where(total == 0, 1.0, total)
 
     query = tl.load(query_ptr + i * D + d, mask=inside, other=0.0).to(tl.float64)
     positive = tl.load(positive_ptr + i * D + d, mask=inside, other=0.0).to(tl.float64)
     inv_temperature = tl.load(inv_temperature_ptr).to(tl.float64)
     positive_logit = tl.sum(query * positive, 0) * inv_temperature
-    # log of (sum over negatives / e^{s+}): loss = log(1 + e^gap), and nothing of the size of s+ is
-    # subtracted twice. No negative: total 0, gap -inf, loss 0.
-    gap = (largest - positive_logit) + tl.log(total)
-    small = tl.exp(-tl.abs(gap))
-    one = 1.0 + small
-    log1p = tl.where(one == 1.0, small, tl.log(one) * (small / tl.where(one == 1.0, 1.0, one - 1)))
-    loss = tl.where(gap > 0, gap, 0.0) + log1p
-    negative_weight = tl.where(gap > 0, 1.0, small) / one
-    direction = negative_weight * (mean - positive)
+    if NCE:
+        lse = tl.load(nce_ptr).to(tl.float64)
+        positive_weight, softplus = _logistic(lse - positive_logit)
+        loss = softplus + total
+        direction = summed - positive_weight * positive
+    else:
+        # log of (sum over negatives / e^{s+}): loss = log(1 + e^gap), and nothing of the size of s+
+        # is subtracted twice. No negative: total 0, gap -inf, loss 0.
+        gap = (largest - positive_logit) + tl.log(total)
+        positive_weight, loss = _logistic(gap)  # what the positive's share lacks of 1
+        lse = positive_logit + loss
+        direction = positive_weight * (summed / tl.where(total == 0, 1.0, total) - positive)
     tl.store(loss_ptr + i, loss)
-    tl.store(lse_ptr + i, positive_logit + loss)
+    tl.store(lse_ptr + i, lse)
     tl.store(dinv_temperature_ptr + i, tl.sum(query * direction, 0))
     tl.store(dquery_ptr + i * D + d, direction * inv_temperature, mask=inside)
-    dpositive = -negative_weight * query * inv_temperature
+    dpositive = -positive_weight * query * inv_temperature
     tl.store(dpositive_ptr + i * D + d, dpositive, mask=inside)
 
 
@@ -269,6 +307,7 @@ def bank_contrast_backward_kernel(
     HAS_LABELS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    NCE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -306,7 +345,11 @@ def bank_contrast_backward_kernel(
         )
         lse = tl.load(lse_ptr + i, mask=i < B, other=0.0)
         grad = tl.load(grad_ptr + i, mask=i < B, other=0.0)
-        weight = tl.exp(s - lse[:, None]) * (grad * inv_temperature)[:, None]
+        if NCE:
+            weight, _ = _logistic(s - lse[:, None])
+        else:
+            weight = tl.exp(s - lse[:, None])
+        weight = weight * (grad * inv_temperature)[:, None]
         query = _load_rows(query_ptr, i, i < B, d, D, ACC)
         dbank = _add_rows(dbank, tl.trans(weight), query, PRECISION)
     dbank = (dbank * scale[:, None]).to(dbank_ptr.dtype.element_ty)
@@ -325,8 +368,13 @@ def bank_contrast(
     bank_labels: Tensor | None = None,
     exclude_index: Tensor | None = None,
     valid: Tensor | None = None,
+    log_partition: Tensor | None = None,
+    num_noise: int = 1,
+    num_data: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """InfoNCE of each query against all allowed bank rows, with its gradients; any temperature.
+    """Loss of each query against all allowed bank rows, with its gradients; any temperature.
+
+    InfoNCE, or NCE where log Z is given.
 
     Not seen on a GPU yet: run by the interpreter, and compiled for sm_80, sm_90 and sm_100.
 
@@ -338,10 +386,13 @@ def bank_contrast(
         labels, bank_labels: (B,) and (K,) int64: rows of the query's own label are no negatives.
         exclude_index: (B,) int64: one row that is no negative, -1 for none.
         valid: (K,) bool: other rows are no negatives, and are not read.
+        log_partition: 0-d, log Z of NCE, on the query's device.
+        num_noise, num_data: M and n of NCE, c = M / n.
 
     Returns:
         loss (B,), lse (B,), dquery (B, D), dpositive (B, D), dinv_temperature (B,) in the query's
-        dtype: log-sum-exp with the positive, and the derivatives of loss_i.
+        dtype: log-sum-exp with the positive (NCE: log Z + log(c + eps)), and the derivatives of
+        loss_i.
     """
     masks = (labels, bank_labels, exclude_index, valid)
     inputs, flags = _prepare(query, bank, inv_temperature, bank_scale, *masks)
@@ -350,6 +401,7 @@ def bank_contrast(
     loss, lse, dinv_temperature = (query.new_empty(B) for _ in range(3))
     dquery, dpositive = (query.new_empty(B, D) for _ in range(2))
     outputs = (loss, lse, dquery, dpositive, dinv_temperature)
+    nce = _nce(log_partition, num_noise, num_data, query)
     if B == 0:
         return outputs
     tile = tiles.bank_contrast(query.device, query.dtype, D)
@@ -358,7 +410,10 @@ def bank_contrast(
     rows = query.new_empty(splits, B, D)
     with torch.cuda.device_of(query):
         bank_contrast_kernel[(triton.cdiv(B, tile["BLOCK_B"]), splits)](
-            maximum, total, rows, *inputs, B, K, D, rows_per_split, **flags, **tile
+            *(maximum, total, rows, *inputs, nce, B, K, D, rows_per_split),
+            NCE=nce is not None,
+            **flags,
+            **tile,
         )
         bank_contrast_combine_kernel[(B,)](
             *outputs,
@@ -368,9 +423,11 @@ def bank_contrast(
             inputs[0],
             positive.contiguous(),
             inputs[2],
+            nce,
             B,
             D,
             splits,
+            NCE=nce is not None,
             BLOCK_S=tiles.COMBINED_SPLITS,
             BLOCK_D=tile["BLOCK_D"],
         )
@@ -388,6 +445,9 @@ def bank_contrast_backward(
     bank_labels: Tensor | None = None,
     exclude_index: Tensor | None = None,
     valid: Tensor | None = None,
+    log_partition: Tensor | None = None,
+    num_noise: int = 1,
+    num_data: int = 1,
 ) -> Tensor:
     """Gradient to the bank, (K, D) in its dtype; 0 in rows that are not valid.
 
@@ -405,7 +465,10 @@ def bank_contrast_backward(
     tile = tiles.bank_contrast(query.device, query.dtype, D)
     with torch.cuda.device_of(query):
         bank_contrast_backward_kernel[(triton.cdiv(K, tile["BLOCK_K"]),)](
-            dbank, grad_loss.contiguous(), lse.contiguous(), *inputs, B, K, D, **flags, **tile
+            *(dbank, grad_loss.contiguous(), lse.contiguous(), *inputs, B, K, D),
+            NCE=log_partition is not None,
+            **flags,
+            **tile,
         )
     return dbank
 
@@ -461,6 +524,22 @@ def _on_device(inv_temperature: Tensor, query: Tensor) -> Tensor:
         return inv_temperature.to(query.dtype)
     _check("inv_temperature", inv_temperature, (), tuple(PRECISION), torch.device("cpu"))
     return torch.full((), inv_temperature.item(), dtype=query.dtype, device=query.device)
+
+
+def _nce(
+    log_partition: Tensor | None, num_noise: int, num_data: int, query: Tensor
+) -> Tensor | None:
+    """log Z + log(c + eps) and log(1 + eps / c) where the kernels read them."""
+    if log_partition is None:
+        return None
+    _check("log_partition", log_partition, (), tuple(PRECISION), query.device)
+    if num_noise < 1 or num_data < 1:
+        got = f"{num_noise} and {num_data}"
+        raise ValueError(f"`num_noise` and `num_data` must be positive, got {got}")
+    noise_ratio = num_noise / num_data
+    offset = log_partition.to(torch.float64) + math.log(noise_ratio + NCE_EPS)
+    extra = torch.full_like(offset, math.log1p(NCE_EPS / noise_ratio))
+    return torch.stack([offset, extra]).to(query.dtype)
 
 
 def _split(B: int, K: int, tile: dict[str, int], device: torch.device) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import codir_fast
+from codir_fast.ops import bank_update
 
 
 def unit(*shape):
@@ -130,6 +131,18 @@ def test_state_of_another_size_is_refused_and_changes_nothing():
     assert all(torch.equal(value, kept[name]) for name, value in queue.state_dict().items())
 
 
+def test_what_is_no_state_of_this_bank_is_refused():
+    queue = queue_of(4, unit(3, 8), with_labels=True)
+    with pytest.raises(RuntimeError, match="row_labels"):
+        queue.load_state_dict(queue_of(4, unit(3, 8)).state_dict())
+    with pytest.raises(RuntimeError, match="rows"):
+        queue.load_state_dict({**queue.state_dict(), "rows": [[0.0] * 8] * 4})
+    bank = codir_fast.IndexedBank(4, 8, labels=torch.arange(4))
+    message = "row_labels must have shape (4,), the size of this IndexedBank, got (3,)"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        bank.load_state_dict({**bank.state_dict(), "row_labels": torch.arange(3)})
+
+
 def test_conversion_touches_the_rows_alone():
     queue = queue_of(4, unit(3, 8), with_labels=True).half()
     dtypes = {name: value.dtype for name, value in queue.state_dict().items()}
@@ -176,6 +189,41 @@ def test_enqueue_and_update_compile(compile_whole):
         write(plain_queue, plain_bank, index, keys)
     torch.testing.assert_close(queue.keys, plain_queue.keys)
     torch.testing.assert_close(bank.rows, plain_bank.rows)
+
+
+def test_a_step_with_enqueue_compiles(compile_whole):
+    queue = codir_fast.MemoryQueue(8, 4, with_labels=True)
+    plain_queue = copy.deepcopy(queue)
+    loss_fn = codir_fast.ContrastiveLoss()
+
+    def step(queue, query, key, labels):
+        loss = loss_fn(query, key, queue, labels=labels)
+        queue.enqueue(key, labels)
+        return loss
+
+    compiled = compile_whole(step)
+    for n in (3, 3, 5, 1, 4, 9):
+        query = torch.randn(n, 4, requires_grad=True)
+        key, labels = torch.randn(n, 4), torch.randint(0, 3, (n,))
+        loss = compiled(queue, query, key, labels)
+        expected = step(plain_queue, query, key, labels)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, query), torch.autograd.grad(expected, query)
+        )
+    torch.testing.assert_close(queue.keys, plain_queue.keys)
+    assert torch.equal(queue.labels, plain_queue.labels)
+
+
+@pytest.mark.parametrize("momentum", [None, 0])
+def test_a_write_reads_nothing_back(monkeypatch, momentum):
+    """A tensor on meta has no value: what would wait for a GPU, or break a CUDA graph, raises."""
+    monkeypatch.setitem(bank_update._OPS, "torch", bank_update._torch)
+    keys, labels = torch.empty(5, 3, device="meta"), torch.zeros(5, device="meta").long()
+    if momentum is None:
+        codir_fast.MemoryQueue(4, 3, with_labels=True).to("meta").enqueue(keys, labels)
+    else:
+        codir_fast.IndexedBank(4, 3, momentum=momentum).to("meta").update(labels, keys)
 
 
 def test_repr():

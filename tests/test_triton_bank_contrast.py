@@ -48,8 +48,9 @@ def arguments(arch, dtype, bank_dtype, D, masked):
     for name in ("labels", "bank_labels", "exclude"):
         types[f"{name}_ptr"] = "*i64:16" if masked else None
     types["valid_ptr"] = "*u8:16" if masked else None
+    types["nce_ptr"] = types["loss_ptr"] if masked else None
     sizes = {"B": "i32", "K": "i32", "D": "i32:16", "rows_per_split": "i32", "splits": "i32"}
-    flags = dict.fromkeys(("HAS_SCALE", "HAS_LABELS", "HAS_EXCLUDE", "HAS_VALID"), masked)
+    flags = dict.fromkeys(("HAS_SCALE", "HAS_LABELS", "HAS_EXCLUDE", "HAS_VALID", "NCE"), masked)
     precision = {"PRECISION": bank_contrast.PRECISION[dtype]}
     blocks = {"BLOCK_D": D, "BLOCK_S": tiles.COMBINED_SPLITS}
     return {**types, **sizes, **flags, **precision, **tile, **blocks}

@@ -1,5 +1,5 @@
-"""bank_contrast: InfoNCE of B queries against all K bank rows. Loss and gradients come out of one
-pass over the bank.
+"""bank_contrast: contrastive loss of B queries against all K bank rows. Loss and gradients come out
+of one pass over the bank.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,12 @@ from torch import Tensor
 
 from codir_fast.backend import resolve
 from codir_fast.ops import registration
-from codir_fast.ops.contrast import Outputs, RunningSums, add_contrast_backend, combine
+from codir_fast.ops.contrast import (
+    Outputs,
+    add_contrast_backend,
+    objective_sums,
+    objective_weights,
+)
 
 # Logits, or bank elements, of one chunk: 1 MiB in float32 stays in a CPU's cache, 16 MiB keeps a
 # GPU busy.
@@ -29,10 +34,14 @@ def bank_contrast(
     bank_labels: Tensor | None = None,
     exclude_index: Tensor | None = None,
     valid: Tensor | None = None,
+    log_partition: Tensor | None = None,
+    num_noise: int = 1,
+    num_data: int = 1,
     *,
     backend: str,
 ) -> Tensor:
-    """InfoNCE per query, (B,); see codir_fast.functional.contrastive_loss.
+    """InfoNCE per query, (B,), or NCE where log Z is given; see
+    codir_fast.functional.contrastive_loss.
 
     Differentiable in query, positive, bank and inv_temperature; bank_scale counts as a constant.
     Where the bank needs no gradient, the backward pass reads (B, .) tensors only, so that the bank
@@ -40,7 +49,8 @@ def bank_contrast(
     """
     op = _FORWARD[resolve("bank_contrast", backend, query.device)]
     masks = (labels, bank_labels, exclude_index, valid)
-    return op(query, positive, bank, inv_temperature, bank_scale, *masks)[0]
+    vectors = (query, positive, bank, inv_temperature)
+    return op(*vectors, bank_scale, *masks, log_partition, num_noise, num_data)[0]
 
 
 class _Negatives(NamedTuple):
@@ -63,14 +73,17 @@ def _torch(
     bank_labels: Tensor | None = None,
     exclude_index: Tensor | None = None,
     valid: Tensor | None = None,
+    log_partition: Tensor | None = None,
+    num_noise: int = 1,
+    num_data: int = 1,
 ) -> Outputs:
     negatives = _Negatives(bank_scale, labels, bank_labels, exclude_index, valid)
     inv_t = inv_temperature.to(query.dtype)
     with torch.autocast(query.device.type, enabled=False):
-        sums = RunningSums(query)
+        sums = objective_sums(query, log_partition, num_noise / num_data)
         for part in _parts(query, bank):
             sums.add(*_chunk(query, bank, part, inv_t, negatives))
-        return combine(query, positive, inv_t, sums)
+        return sums.finish(query, positive, inv_t)
 
 
 def _parts(query: Tensor, bank: Tensor) -> Iterator[slice]:
@@ -121,6 +134,9 @@ def _torch_backward(
     bank_labels: Tensor | None = None,
     exclude_index: Tensor | None = None,
     valid: Tensor | None = None,
+    log_partition: Tensor | None = None,
+    num_noise: int = 1,
+    num_data: int = 1,
 ) -> Tensor:
     negatives = _Negatives(bank_scale, labels, bank_labels, exclude_index, valid)
     inv_t = inv_temperature.to(query.dtype)
@@ -128,7 +144,8 @@ def _torch_backward(
     weighted_query = grad_loss[:, None] * query * inv_t
     with torch.autocast(query.device.type, enabled=False):
         for part in _parts(query, bank):
-            weights = _chunk(query, bank, part, inv_t, negatives)[0].sub_(lse[:, None]).exp_()
+            logits, _ = _chunk(query, bank, part, inv_t, negatives)
+            weights = objective_weights(logits, lse, log_partition)
             grads = weights.T @ weighted_query
             dbank[part] = _scaled(grads, part, negatives)
     return dbank

@@ -40,7 +40,7 @@ def _torch(
     else:
         _mix_in_order(bank, index, keys, momentum, filled)
     if filled is not None:
-        filled[index] = True
+        filled.index_fill_(0, index, True)  # `filled[index] = True` would wait for a GPU
 
 
 def _check_range(bank: Tensor, index: Tensor) -> None:

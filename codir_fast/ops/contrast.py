@@ -1,67 +1,146 @@
-"""What bank_contrast and indexed_contrast share: the end of a query, fake and autograd parts."""
+"""What bank_contrast and indexed_contrast share: the objectives as sums over negatives, in PyTorch,
+and the fake and autograd parts of every backend.
+"""
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch._ops import OpOverload
 
 from codir_fast.ops import registration
+from codir_fast.reference import NCE_EPS
 
 # loss, lse, dquery, dpositive, dinv_temperature
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-class RunningSums:
-    """Running sums over the allowed rows: maximum m (B,) of the logits s, total (B,) of e^{s - m},
-    and rows (B, D), the sum of e^{s - m} b_j.
-    """
+class Sums(Protocol):
+    """The sums over a query's negatives that an objective needs, and what it makes of them."""
+
+    def add(self, logits: Tensor, rows: Tensor) -> None:
+        """Adds rows (C, D), or per query (B, C, D), by their logits (B, C), which it overwrites;
+        -inf where one is no negative.
+        """
+
+    def finish(self, query: Tensor, positive: Tensor, inv_t: Tensor) -> Outputs:
+        """Loss and gradients once all rows are added."""
+
+
+class InfoNceSums:
+    """Maximum m (B,) of the logits s, sum of e^{s - m}, and rows (B, D), the sum of e^{s - m} b."""
 
     def __init__(self, query: Tensor) -> None:
         self.maximum = query.new_full(query.shape[:1], -torch.inf)
-        self.total, self._lost = torch.zeros_like(self.maximum), torch.zeros_like(self.maximum)
+        self.total = _CompensatedSum(self.maximum)
         self.rows = torch.zeros_like(query)
 
-    def add(self, logits: Tensor, chunk: Tensor) -> None:
-        """Adds rows `chunk`, (C, D) or per query (B, C, D); overwrites their `logits` (B, C)."""
+    def add(self, logits: Tensor, rows: Tensor) -> None:
         maximum = torch.maximum(self.maximum, logits.amax(1))
         shift = maximum.masked_fill(maximum == -torch.inf, 0)  # no allowed row yet
         rescale = (self.maximum - shift).exp()
         weights = logits.sub_(shift[:, None]).exp_()
         self.rows.mul_(rescale[:, None])
-        if chunk.ndim == 2:
-            self.rows.addmm_(weights, chunk)
-        else:
-            self.rows.add_(torch.einsum("bm,bmd->bd", weights, chunk))
+        _add_weighted(self.rows, weights, rows)
         self.maximum = maximum
-        # Compensated (Kahan): thousands of chunks would otherwise wear off the last digits.
-        total, lost = self.total * rescale, self._lost * rescale
-        increment = weights.sum(1) - lost
-        self.total = total + increment
-        self._lost = (self.total - total) - increment
+        self.total.scale(rescale)
+        self.total.add(weights.sum(1))
+
+    def finish(self, query: Tensor, positive: Tensor, inv_t: Tensor) -> Outputs:
+        total = self.total.value
+        positive_logit = (query * positive).sum(1) * inv_t
+        # log of (sum over negatives / e^{s+}): loss = log(1 + e^gap), and nothing of the size of s+
+        # is subtracted twice.
+        gap = (self.maximum - positive_logit) + total.log()
+        loss = torch.logaddexp(gap, torch.zeros_like(gap))
+        negative_weight = gap.sigmoid()
+        mean_negative = self.rows / total.masked_fill(total == 0, 1)[:, None]
+        direction = negative_weight[:, None] * (mean_negative - positive)  # d loss / d (query / t)
+        dpositive = -negative_weight[:, None] * query * inv_t
+        dinv_temperature = (query * direction).sum(1)
+        return loss, positive_logit + loss, direction * inv_t, dpositive, dinv_temperature
 
 
-def combine(query: Tensor, positive: Tensor, inv_t: Tensor, sums: RunningSums) -> Outputs:
-    positive_logit = (query * positive).sum(1) * inv_t
-    # log of (sum over negatives / e^{s+}): loss = log(1 + e^gap), and nothing of the size of s+ is
-    # subtracted twice.
-    gap = (sums.maximum - positive_logit) + sums.total.log()
-    loss = torch.logaddexp(gap, torch.zeros_like(gap))
-    negative_weight = gap.sigmoid()
-    mean_negative = sums.rows / sums.total.masked_fill(sums.total == 0, 1)[:, None]
-    direction = negative_weight[:, None] * (mean_negative - positive)  # d loss / d (query / t)
-    dpositive = -negative_weight[:, None] * query * inv_t
-    return (
-        loss,
-        positive_logit + loss,
-        direction * inv_t,
-        dpositive,
-        (query * direction).sum(1),
-    )
+class NceSums:
+    """With a = s - offset and offset = log Z + log(c + eps): sum of softplus(a) + log(1 + eps / c),
+    and rows (B, D), the sum of sigmoid(a) b.
+    """
+
+    def __init__(self, query: Tensor, log_partition: Tensor, noise_ratio: float) -> None:
+        log_noise = math.log(noise_ratio + NCE_EPS)
+        self.offset = (log_partition.to(query.dtype) + log_noise).expand(query.shape[0])
+        self.offset = self.offset.to(query.device)
+        self.extra = math.log1p(NCE_EPS / noise_ratio)
+        self.total = _CompensatedSum(query.new_zeros(query.shape[:1]))
+        self.rows = torch.zeros_like(query)
+
+    def add(self, logits: Tensor, rows: Tensor) -> None:
+        count = (logits != -torch.inf).sum(1, dtype=logits.dtype)
+        gap = logits.sub_(self.offset[:, None])
+        self.total.add(softplus(gap).sum(1) + self.extra * count)
+        _add_weighted(self.rows, gap.sigmoid_(), rows)
+
+    def finish(self, query: Tensor, positive: Tensor, inv_t: Tensor) -> Outputs:
+        gap = self.offset - (query * positive).sum(1) * inv_t
+        positive_weight = gap.sigmoid()[:, None]
+        direction = self.rows - positive_weight * positive  # d loss / d (query / t)
+        return (
+            softplus(gap) + self.total.value,
+            self.offset.contiguous(),
+            direction * inv_t,
+            -positive_weight * query * inv_t,
+            (query * direction).sum(1),
+        )
 
 
-def add_contrast_backend(op: str, backend: str) -> OpOverload:
-    """Fake and autograd implementations of one backend of `op` and of `op`_backward; gives `op`.
+def objective_sums(query: Tensor, log_partition: Tensor | None, noise_ratio: float) -> Sums:
+    if log_partition is None:
+        return InfoNceSums(query)
+    return NceSums(query, log_partition, noise_ratio)
+
+
+def objective_weights(logits: Tensor, lse: Tensor, log_partition: Tensor | None) -> Tensor:
+    """d loss / d logit of each negative, (B, C), in place of its logit; `lse` is the forward's."""
+    gap = logits.sub_(lse[:, None])
+    return gap.exp_() if log_partition is None else gap.sigmoid_()
+
+
+def softplus(gap: Tensor) -> Tensor:
+    """log(1 + e^gap) without overflow, precise where it is tiny."""
+    return F.softplus(gap, threshold=40)  # beyond, log(1 + e^gap) = gap in double
+
+
+class _CompensatedSum:
+    """Kahan's sum: thousands of chunks would otherwise wear off the last digits."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.value, self._lost = torch.zeros_like(like), torch.zeros_like(like)
+
+    def scale(self, factor: Tensor) -> None:
+        self.value, self._lost = self.value * factor, self._lost * factor
+
+    def add(self, increment: Tensor) -> None:
+        increment = increment - self._lost
+        value = self.value + increment
+        self._lost = (value - self.value) - increment
+        self.value = value
+
+
+def _add_weighted(sums: Tensor, weights: Tensor, rows: Tensor) -> None:
+    if rows.shape[-1] == 1:
+        # A matrix product would be one long dot product, summed from left to right.
+        sums.add_((weights * rows[..., 0]).sum(1, keepdim=True))
+    elif rows.ndim == 2:
+        sums.addmm_(weights, rows)
+    else:
+        sums.add_(torch.einsum("bm,bmd->bd", weights, rows))
+
+
+def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
+    """Fake and autograd implementations of one backend of `op` and of `op`_backward; gives `op` as
+    a function of all its arguments by position.
 
     Both take (query, positive or not, bank, inv_temperature, ...): whatever follows goes from one
     to the other as it is and gets no gradient.
@@ -70,17 +149,22 @@ def add_contrast_backend(op: str, backend: str) -> OpOverload:
     backward = registration.overload(f"{op}_backward", backend)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        query, _, bank, inv_temperature, *picks = inputs
+        query, positive, bank, inv_temperature, *picks, num_noise, num_data = inputs
         if any(pick is not None and pick.requires_grad for pick in picks):
-            raise RuntimeError(f"codir_fast: {op} has no gradient for `bank_scale`")
+            raise RuntimeError(
+                f"codir_fast: {op} has no gradient for `bank_scale` and `log_partition`"
+            )
         _, lse, dquery, dpositive, dinv_temperature = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, dquery, dpositive, dinv_temperature)
         needs = ctx.needs_input_grad
-        ctx.num_picks = len(picks)
+        ctx.num_picks, ctx.counts = len(picks), (num_noise, num_data)
         ctx.inv_temperature_like = (inv_temperature.dtype, inv_temperature.device)
         # (B, .) tensors only, unless the bank needs a gradient: else it may change before backward.
+        ctx.under_functorch = registration.under_functorch()
+        given = (query, positive, bank, inv_temperature) if ctx.under_functorch else ()
         ctx.save_for_backward(
+            *given,
             dquery if needs[0] else None,
             dpositive if needs[1] else None,
             dinv_temperature if needs[3] else None,
@@ -89,23 +173,25 @@ def add_contrast_backend(op: str, backend: str) -> OpOverload:
 
     def differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * (4 + ctx.num_picks)
-        dquery, dpositive, dinv_temperature, *for_bank = ctx.saved_tensors
+            return (None,) * (6 + ctx.num_picks)
+        given = ctx.saved_tensors[: 4 if ctx.under_functorch else 0]
+        dquery, dpositive, dinv_temperature, *for_bank = ctx.saved_tensors[len(given) :]
         dtype, device = ctx.inv_temperature_like
         grads = (
             None if dquery is None else grad_loss[:, None] * dquery,
             None if dpositive is None else grad_loss[:, None] * dpositive,
-            backward(grad_loss.contiguous(), *for_bank) if for_bank else None,
+            backward(grad_loss.contiguous(), *for_bank, *ctx.counts) if for_bank else None,
             None
             if dinv_temperature is None
             else (grad_loss * dinv_temperature).sum().to(dtype=dtype, device=device),
         )
-        return (*registration.first_derivative_only(op, grads), *(None,) * ctx.num_picks)
+        once = registration.first_derivative_only(op, grads, given)
+        return (*once, *(None,) * (ctx.num_picks + 2))
 
     registration.register_fake(forward, _fake)
     registration.register_fake(backward, _fake_backward)
     registration.register_autograd(forward, setup_context, differentiate)
-    return forward
+    return registration.transformable(forward, setup_context, differentiate)
 
 
 def _fake(query: Tensor, *_: Any, **__: Any) -> Outputs:

@@ -1,4 +1,6 @@
-"""indexed_contrast: InfoNCE of B queries, each against its own M bank rows named by index."""
+"""indexed_contrast: contrastive loss of B queries, each against its own M bank rows, named by
+index.
+"""
 
 from collections.abc import Iterator
 
@@ -7,7 +9,12 @@ from torch import Tensor
 
 from codir_fast.backend import resolve
 from codir_fast.ops import registration
-from codir_fast.ops.contrast import Outputs, RunningSums, add_contrast_backend, combine
+from codir_fast.ops.contrast import (
+    Outputs,
+    add_contrast_backend,
+    objective_sums,
+    objective_weights,
+)
 
 # Elements of the rows that one chunk gathers.
 _CHUNK_ELEMENTS = {"cpu": 1 << 18}
@@ -25,17 +32,22 @@ def indexed_contrast(
     bank_labels: Tensor | None = None,
     exclude_index: Tensor | None = None,
     valid: Tensor | None = None,
+    log_partition: Tensor | None = None,
+    num_noise: int = 1,
+    num_data: int = 1,
     *,
     backend: str,
 ) -> Tensor:
-    """InfoNCE per query, (B,), against the rows index[i] of the bank, (B, M) int64.
+    """InfoNCE, or NCE where log Z is given, per query, (B,), against the rows index[i] of the bank,
+    (B, M) int64.
 
     A row named twice counts twice; one that the masks leave out does not count. Differentiable in
     query, positive, bank and inv_temperature.
     """
     op = _FORWARD[resolve("indexed_contrast", backend, query.device)]
     masks = (labels, bank_labels, exclude_index, valid)
-    return op(query, positive, bank, inv_temperature, index, bank_scale, *masks)[0]
+    vectors = (query, positive, bank, inv_temperature)
+    return op(*vectors, index, bank_scale, *masks, log_partition, num_noise, num_data)[0]
 
 
 def _torch(
@@ -49,14 +61,17 @@ def _torch(
     bank_labels: Tensor | None = None,
     exclude_index: Tensor | None = None,
     valid: Tensor | None = None,
+    log_partition: Tensor | None = None,
+    num_noise: int = 1,
+    num_data: int = 1,
 ) -> Outputs:
     inv_t = inv_temperature.to(query.dtype)
     picks = (bank_scale, labels, bank_labels, exclude_index, valid)
     with torch.autocast(query.device.type, enabled=False):
-        sums = RunningSums(query)
+        sums = objective_sums(query, log_partition, num_noise / num_data)
         for logits, rows, _ in _chunks(query, bank, inv_t, index, *picks):
             sums.add(logits, rows)
-        return combine(query, positive, inv_t, sums)
+        return sums.finish(query, positive, inv_t)
 
 
 def _torch_backward(
@@ -71,6 +86,9 @@ def _torch_backward(
     bank_labels: Tensor | None = None,
     exclude_index: Tensor | None = None,
     valid: Tensor | None = None,
+    log_partition: Tensor | None = None,
+    num_noise: int = 1,
+    num_data: int = 1,
 ) -> Tensor:
     inv_t = inv_temperature.to(query.dtype)
     picks = (bank_scale, labels, bank_labels, exclude_index, valid)
@@ -78,7 +96,7 @@ def _torch_backward(
     weighted_query = grad_loss[:, None] * query * inv_t
     with torch.autocast(query.device.type, enabled=False):
         for logits, _, part in _chunks(query, bank, inv_t, index, *picks):
-            weights = logits.sub_(lse[:, None]).exp_()
+            weights = objective_weights(logits, lse, log_partition)
             chosen = index[:, part]
             if bank_scale is not None:
                 weights = weights * bank_scale[chosen]

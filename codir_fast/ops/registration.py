@@ -32,13 +32,63 @@ def add_python_backend(op: str, backend: str, implementation: Callable[..., Any]
 
 
 def register_fake(op: OpOverload, fake: Callable[..., Any]) -> None:
-    torch.library.register_fake(op, fake, lib=_LIBRARY)
+    """`fake` gives the outputs' shapes; it also answers where one of the inputs is on meta, so the
+    others must be there too.
+    """
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        devices = {str(t.device) for t in given if isinstance(t, Tensor) and t.ndim > 0}
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"{op.name()} needs all tensors on one device, got {' and '.join(sorted(devices))}"
+            )
+        return fake(*args, **kwargs)
+
+    torch.library.register_fake(op, checked, lib=_LIBRARY)
 
 
 def register_autograd(
     op: OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> None:
     torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def under_functorch() -> bool:
+    """Whether one of functorch's transforms (torch.func) is being applied."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def transformable(
+    op: OpOverload, setup: Callable[..., None], differentiate: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`op` with the derivatives that register_autograd gave it, under functorch's transforms too.
+
+    torch.func.grad and its kin pass by what torch.library registers; an autograd.Function they
+    follow. It takes its place only while a transform is active.
+    """
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return op(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return differentiate(ctx, *grads)
+
+    def call(*inputs: Any) -> Any:
+        if under_functorch():
+            return Transformed.apply(*inputs)
+        return op(*inputs)
+
+    return call
 
 
 def register_mutation(op: OpOverload, arguments: Sequence[int]) -> None:
@@ -55,25 +105,37 @@ def register_mutation(op: OpOverload, arguments: Sequence[int]) -> None:
 
 
 class _Once(torch.autograd.Function):
-    """Identity on gradients; differentiating them raises."""
+    """Identity on the first `count` tensors, which are gradients; differentiating them raises, in
+    any of the tensors.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, op: str, *grads: Tensor) -> tuple[Tensor, ...]:
-        ctx.op = op
-        return tuple(grad.view_as(grad) for grad in grads)
+    def forward(op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.view_as(grad) for grad in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(f"codir_fast: {ctx.op} has no second derivative")
 
 
-def first_derivative_only(op: str, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def first_derivative_only(
+    op: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor] = ()
+) -> tuple[Tensor | None, ...]:
     """The gradients that a backward returns, made to raise when they are differentiated in turn.
 
     Torch's once_differentiable lets the case pass where the incoming gradient needs none itself.
+    Under functorch a gradient is told that it depends on the `inputs`, which must be given then.
     """
     if not torch.is_grad_enabled():
         return tuple(grads)
-    present = [grad.detach().requires_grad_() for grad in grads if grad is not None]
-    marked = iter(_Once.apply(op, *present)) if present else iter(())
+    present = [grad for grad in grads if grad is not None]
+    if not inputs:
+        present = [grad.detach().requires_grad_() for grad in present]
+    marked = iter(_Once.apply(op, len(present), *present, *inputs)) if present else iter(())
     return tuple(None if grad is None else next(marked) for grad in grads)

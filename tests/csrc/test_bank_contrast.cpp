@@ -1,6 +1,6 @@
-// bank_contrast and its backward against the definition: every instruction set of this CPU, odd
-// sizes, masks, storage types, temperatures, banks on which sums stagnate, any number of threads.
-// Outputs start as NaN.
+// bank_contrast and its backward against the definition: both objectives, every instruction set of
+// this CPU, odd sizes, masks, storage types, temperatures, banks on which sums stagnate, any number
+// of threads. Outputs start as NaN.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -63,6 +63,10 @@ struct Case {
   std::vector<T> bank;
   std::vector<std::int64_t> labels, bank_labels, exclude_index;
   std::vector<char> valid;
+  Objective objective = Objective::kInfoNce;
+  double log_partition = 3, noise_ratio = 0.3;
+
+  bool is_nce() const { return objective == Objective::kNce; }
 
   BankContrastInputs inputs() const {
     const auto given = [](const auto& argument) {
@@ -80,7 +84,10 @@ struct Case {
             D,
             dtype_of<C>,
             dtype_of<T>,
-            1 / temperature};
+            1 / temperature,
+            objective,
+            log_partition,
+            noise_ratio};
   }
 
   bool is_negative(std::int64_t i, std::int64_t j) const {
@@ -157,8 +164,18 @@ struct Results {
 
 struct Expected {
   std::vector<double> loss, lse, dquery, dpositive, dinv_temperature, dbank;
-  double largest_logit = 0;  // in absolute value
+  double largest_logit = 0;  // in absolute value, and so is NCE's offset
 };
+
+struct Softplus {
+  long double value, slope;
+};
+
+// log(1 + e^x) and its derivative.
+Softplus softplus(long double x) {
+  const long double e = std::exp(-std::abs(x));
+  return {std::max(x, 0.0L) + std::log1p(e), (x > 0 ? 1 : e) / (1 + e)};
+}
 
 // In long double, so that it is more exact than what it judges in double too.
 template <typename C, typename T>
@@ -186,22 +203,31 @@ Expected definition(const Case<C, T>& some) {
     }
     out.largest_logit =
         std::max(out.largest_logit, static_cast<double>(std::abs(positive * inv_temperature)));
-    // Relative to the largest negative: the loss keeps its digits where the positive wins by far.
-    Real total = 0;
-    for (std::int64_t j = 0; j < K; ++j) {
-      if (some.is_negative(i, j)) total += std::exp(similarity[j] * inv_temperature - maximum);
+    const Real offset = some.log_partition + std::log(some.noise_ratio + Real{kNceEps});
+    if (some.is_nce()) {
+      out.largest_logit = std::max(out.largest_logit, static_cast<double>(std::abs(offset)));
     }
-    const Real gap = maximum + std::log(total) - positive * inv_temperature;
-    const Real loss = total == 0 ? 0
-                      : gap > 0  ? gap + std::log1p(std::exp(-gap))
-                                 : std::log1p(std::exp(gap));
-    const Real lse = positive * inv_temperature + loss, share = -std::expm1(-loss);
+    // Relative to the largest negative: the loss keeps its digits where the positive wins by far.
+    Real total = 0, terms = 0;
+    for (std::int64_t j = 0; j < K; ++j) {
+      if (!some.is_negative(i, j)) continue;
+      total += std::exp(similarity[j] * inv_temperature - maximum);
+      terms += softplus(similarity[j] * inv_temperature - offset).value +
+               std::log1p(kNceEps / Real{some.noise_ratio});
+    }
+    const Real log_sum = some.is_nce() ? offset
+                         : total == 0  ? -kInfinity
+                                       : maximum + std::log(total);
+    const auto [gap_loss, share] = softplus(log_sum - positive * inv_temperature);
+    const Real loss = some.is_nce() ? gap_loss + terms : gap_loss;
+    const Real lse = some.is_nce() ? offset : positive * inv_temperature + loss;
     Real dinv_temperature = -share * positive;
     std::vector<Real> dquery(D);
     for (std::int64_t d = 0; d < D; ++d) dquery[d] = -share * p[d] * inv_temperature;
     for (std::int64_t j = 0; j < K; ++j) {
       if (!some.is_negative(i, j)) continue;
-      const Real weight = std::exp(similarity[j] * inv_temperature - lse);
+      const Real gap = similarity[j] * inv_temperature - lse;
+      const Real weight = some.is_nce() ? softplus(gap).slope : std::exp(gap);
       dinv_temperature += weight * similarity[j];
       for (std::int64_t d = 0; d < D; ++d) {
         dquery[d] += weight * scale(j) * value_of(some.bank[j * D + d]) * inv_temperature;
@@ -260,7 +286,7 @@ std::vector<Isa> isas() {
 // A logit s is known to epsilon |s|, and so, relatively, is its weight. lse reaches the backward
 // rounded the same way.
 template <typename C, typename T>
-void check_case(const Case<C, T>& some, const std::vector<int>& thread_counts = {1, 3}) {
+void check_objective(const Case<C, T>& some, const std::vector<int>& thread_counts) {
   const Expected expected = definition(some);
   const double relative = 4 * epsilon<C> * (1 + expected.largest_logit);
   const double tiny = 0x1p-100;
@@ -277,12 +303,25 @@ void check_case(const Case<C, T>& some, const std::vector<int>& thread_counts = 
       check_all(got.dbank, expected.dbank, relative + epsilon<T>,
                 std::is_same_v<T, Float16> ? 0x1p-25 : tiny, "dbank");
       if (check::failures() == failures_before) continue;
-      std::printf("  with B=%lld K=%lld D=%lld temperature=%g, %zu and %zu bytes, %d threads, %s\n",
-                  static_cast<long long>(some.B), static_cast<long long>(some.K),
-                  static_cast<long long>(some.D), some.temperature, sizeof(C), sizeof(T),
-                  num_threads, isa_name(isa));
+      std::printf(
+          "  with B=%lld K=%lld D=%lld temperature=%g, %zu and %zu bytes, %d threads, %s, %s\n",
+          static_cast<long long>(some.B), static_cast<long long>(some.K),
+          static_cast<long long>(some.D), some.temperature, sizeof(C), sizeof(T), num_threads,
+          isa_name(isa), some.is_nce() ? "NCE" : "InfoNCE");
     }
   }
+}
+
+template <typename C, typename T>
+Case<C, T> with_objective(Case<C, T> some, Objective objective) {
+  some.objective = objective;
+  return some;
+}
+
+template <typename C, typename T>
+void check_case(const Case<C, T>& some, const std::vector<int>& thread_counts = {1, 3}) {
+  check_objective(with_objective(some, Objective::kInfoNce), thread_counts);
+  check_objective(with_objective(some, Objective::kNce), thread_counts);
 }
 
 constexpr std::int64_t kSizes[][3] = {{1, 1, 1},      {1, 2000, 128}, {2, 41, 7},   {7, 127, 33},
@@ -357,11 +396,50 @@ void test_small_losses_keep_their_digits() {
   for (const C loss : run(some, 1, active_isa()).loss) CHECK(loss > 0 && loss < C{1e-12});
 }
 
+// Thousands of terms of about 1e-21 each, and a positive that wins by far: their sum is the loss.
+template <typename C>
+void test_nce_of_tiny_terms_keeps_its_digits() {
+  Case<C> some = random_case<C>(5, 9000, 16);
+  some.objective = Objective::kNce;
+  some.positive = some.query;
+  for (C& element : some.positive) element *= C{10};
+  some.log_partition = 18;
+  some.noise_ratio = 1e16;
+  check_case(some);
+  for (const C loss : run(some, 2, active_isa()).loss) CHECK(loss > 0 && loss < C{1e-12});
+}
+
+// Where a lone query has no negative, NCE leaves the positive's term.
+template <typename C>
+void test_nce_without_negatives() {
+  Case<C> some = random_case<C>(1, 300, 20);
+  some.objective = Objective::kNce;
+  some.valid.assign(300, 0);
+  const Results<C> got = run(some, 2, active_isa());
+  CHECK(got.loss[0] > 0 && got.dinv_temperature[0] != 0);
+  for (const C element : got.dbank) CHECK(element == 0);
+}
+
+// A partition or ratio at the far ends of its range: nothing overflows.
+template <typename C>
+void test_nce_extremes() {
+  for (const double log_partition : {-1e4, 1e4}) {
+    for (const double noise_ratio : {1e-12, 1e12}) {
+      Case<C> some = random_case<C>(17, 250, 11);
+      some.log_partition = log_partition;
+      some.noise_ratio = noise_ratio;
+      check_case(some);
+    }
+  }
+}
+
 // Rows that repeat: a running float sum stagnates on them (relative error about 1e-4), sums of sums
 // do not.
-void test_clustered_bank(std::int64_t B, std::int64_t K, std::int64_t D) {
+void test_clustered_bank(std::int64_t B, std::int64_t K, std::int64_t D, Objective objective) {
   const std::int64_t clusters = 64;
   Case<float> some = random_case<float>(B, clusters, D);
+  some.objective = objective;
+  some.log_partition = 12;
   const std::vector<float> centres = some.bank;
   some.K = K;
   some.bank.resize(K * D);
@@ -378,6 +456,26 @@ void test_clustered_bank(std::int64_t B, std::int64_t K, std::int64_t D) {
   }
 }
 
+// Queries that repeat, by the thousand: the same for the sums of the bank's gradient.
+void test_clustered_queries(Objective objective) {
+  const std::int64_t clusters = 8;
+  Case<float> some = random_case<float>(clusters, 200, 16);
+  some.objective = objective;
+  const Case<float> centres = some;
+  some.B = 32768;
+  some.query.clear(), some.positive.clear(), some.grad_loss.clear();
+  for (std::int64_t i = 0; i < some.B; i += clusters) {
+    some.query.insert(some.query.end(), centres.query.begin(), centres.query.end());
+    some.positive.insert(some.positive.end(), centres.positive.begin(), centres.positive.end());
+    some.grad_loss.insert(some.grad_loss.end(), centres.grad_loss.begin(), centres.grad_loss.end());
+  }
+  const Expected expected = definition(some);
+  for (const Isa isa : isas()) {
+    const Results<float> got = run(some, 2, isa);
+    check_all(got.dbank, expected.dbank, 4e-6, 0, "dbank of clustered queries");
+  }
+}
+
 // Query 0 has no negative at all; then no query has any.
 template <typename C>
 void test_queries_without_negatives() {
@@ -387,7 +485,7 @@ void test_queries_without_negatives() {
   for (std::int64_t j = 0; j < 100; ++j) some.valid.push_back(1);
   some.valid.resize(200, 0);
   check_case(some);
-  const Results<C> first = run(some, 2, active_isa());
+  const Results<C> first = run(some, 2, active_isa());  // InfoNCE
   CHECK(first.loss[0] == 0 && first.dinv_temperature[0] == 0);
   for (std::int64_t d = 0; d < some.D; ++d) CHECK(first.dquery[d] == 0 && first.dpositive[d] == 0);
 
@@ -406,23 +504,26 @@ void test_empty_sizes() {
 
 // A NaN in a row that counts is not hidden, wherever it stands.
 template <typename C>
-void test_nan_propagates() {
+void test_nan_propagates(Objective objective) {
   for (const std::int64_t j : {0, 125, 299}) {
     Case<C> some = random_case<C>(18, 300, 10);
+    some.objective = objective;
     some.bank[j * some.D + 3] = static_cast<C>(kNan);
     for (const Isa isa : isas()) {
       const Results<C> got = run(some, 3, isa);
       for (const C loss : got.loss) CHECK(std::isnan(loss));
       for (const C element : got.dquery) CHECK(std::isnan(element));
+      for (std::int64_t d = 0; d < some.D; ++d) CHECK(std::isnan(got.dbank[j * some.D + d]));
     }
   }
 }
 
 // A NaN in a row that no query may see stays out of every row's gradient, however many lanes B
 // fills.
-void test_nan_in_a_row_that_nobody_sees() {
+void test_nan_in_a_row_that_nobody_sees(Objective objective) {
   for (const std::int64_t B : {1, 16, 19}) {
     Case<float> some = random_case<float>(B, 40, 6);
+    some.objective = objective;
     some.labels.assign(B, 7);
     some.bank_labels.assign(40, 8);
     some.bank_labels[11] = 7;
@@ -438,14 +539,16 @@ void test_nan_in_a_row_that_nobody_sees() {
 }
 
 // Logits around 1e11 are rounded by thousands, lse too: a weight still is at most 1.
-void test_huge_logits_keep_gradients_bounded() {
+void test_huge_logits_keep_gradients_bounded(Objective objective) {
   Case<float> some = random_case<float>(20, 300, 33);
+  some.objective = objective;
   for (float& element : some.bank) element *= 1e6f;
   for (float& element : some.query) element *= 1e4f;
   for (const Isa isa : isas()) {
     const Results<float> got = run(some, 2, isa);
     const double bound = 20 * 1e4 / some.temperature;
     for (const float loss : got.loss) CHECK(std::isfinite(loss));
+    for (const float element : got.dquery) CHECK(std::isfinite(element));
     for (const float element : got.dbank) CHECK(std::abs(element) <= bound);
   }
 }
@@ -468,9 +571,9 @@ bool same_bits(const std::vector<Element>& a, const std::vector<Element>& b) {
   return std::memcmp(a.data(), b.data(), a.size() * sizeof(Element)) == 0;
 }
 
-void test_repeats_to_the_bit() {
+void test_repeats_to_the_bit(Objective objective) {
   for (const std::int64_t B : {32, 150}) {
-    const Case<float> some = random_case<float>(B, 3000, 128);
+    const Case<float> some = with_objective(random_case<float>(B, 3000, 128), objective);
     for (const int num_threads : {1, 2, 4, 7}) {
       const Results<float> first = run(some, num_threads, active_isa()),
                            again = run(some, num_threads, active_isa());
@@ -508,7 +611,9 @@ void test_in_dtype() {
   test_small_losses_keep_their_digits<C>();
   test_queries_without_negatives<C>();
   test_empty_sizes<C>();
-  test_nan_propagates<C>();
+  test_nce_of_tiny_terms_keeps_its_digits<C>();
+  test_nce_without_negatives<C>();
+  test_nce_extremes<C>();
   test_storage<C, BFloat16>();
   test_storage<C, Float16>();
   test_storage<C, float>();
@@ -519,12 +624,17 @@ void test_in_dtype() {
 int main() {
   test_in_dtype<float>();
   test_in_dtype<double>();
-  test_clustered_bank(9, 65536, 32);
-  test_clustered_bank(2, 1 << 19, 4);
-  test_nan_in_a_row_that_nobody_sees();
-  test_huge_logits_keep_gradients_bounded();
+  for (const Objective objective : {Objective::kInfoNce, Objective::kNce}) {
+    test_clustered_bank(9, 65536, 32, objective);
+    test_clustered_bank(2, 1 << 19, 4, objective);
+    test_clustered_queries(objective);
+    test_nan_propagates<float>(objective);
+    test_nan_propagates<double>(objective);
+    test_nan_in_a_row_that_nobody_sees(objective);
+    test_huge_logits_keep_gradients_bounded(objective);
+    test_repeats_to_the_bit(objective);
+  }
   test_out_of_memory_is_a_status();
-  test_repeats_to_the_bit();
   test_many_threads();
   test_unsupported_dtypes();
   return check::exit_code();

@@ -1,6 +1,6 @@
-// indexed_contrast and its backward against the definition in double: every instruction set of this
-// CPU, odd sizes, repeated and masked rows, storage types, any number of threads. Outputs start as
-// NaN, and so does what lies in rows that are not valid.
+// indexed_contrast and its backward against the definition in double: both objectives, every
+// instruction set of this CPU, odd sizes, repeated and masked rows, storage types, any number of
+// threads. Outputs start as NaN, and so does what lies in rows that are not valid.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -40,9 +40,14 @@ std::vector<Element> unit_rows(std::int64_t rows, std::int64_t D, std::mt19937& 
   return out;
 }
 
+double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))); }
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+// A value x may be off by tolerance * (1 + |x|).
 template <typename C, typename T>
 void test_against_definition(Sizes size, DType dtype, DType bank_dtype, double tolerance,
-                             double out_tolerance, bool masks, Isa isa, int num_threads) {
+                             double out_tolerance, bool masks, Objective objective, Isa isa,
+                             int num_threads) {
   const auto [B, K, M, D] = size;
   std::mt19937 random(static_cast<unsigned>(B * 31 + M));
   const double inv_temperature = 4;
@@ -81,6 +86,9 @@ void test_against_definition(Sizes size, DType dtype, DType bank_dtype, double t
   inputs.bank.dtype = dtype;
   inputs.bank.bank_dtype = bank_dtype;
   inputs.bank.inv_temperature = inv_temperature;
+  inputs.bank.objective = objective;
+  inputs.bank.log_partition = 2;
+  inputs.bank.noise_ratio = 0.3;
   inputs.index = index.data();
   inputs.M = M;
 
@@ -118,58 +126,208 @@ void test_against_definition(Sizes size, DType dtype, DType bank_dtype, double t
       for (std::int64_t d = 0; d < D; ++d) dot[n] += query[i * D + d] * row(allowed[n], d);
       total += std::exp(inv_temperature * dot[n]);
     }
-    const double positive_share = std::exp(inv_temperature * positive_logit) / total;
-    double expected_dinv = (positive_share - 1) * positive_logit;
+    const bool is_nce = objective == Objective::kNce;
+    const double expected_lse = is_nce ? 2 + std::log(0.3 + kNceEps) : std::log(total);
+    const double gap = expected_lse - inv_temperature * positive_logit;
+    double expected_loss = is_nce ? softplus(gap) : gap;
+    const double positive_weight = is_nce ? -sigmoid(gap) : std::exp(-gap) - 1;
+    double expected_dinv = positive_weight * positive_logit;
     std::vector<double> expected_dquery(D);
     for (std::int64_t d = 0; d < D; ++d) {
-      expected_dquery[d] = (positive_share - 1) * positive[i * D + d];
+      expected_dquery[d] = positive_weight * positive[i * D + d];
     }
     for (std::size_t n = 0; n < allowed.size(); ++n) {
       const std::int64_t j = allowed[n];
-      const double share = std::exp(inv_temperature * dot[n]) / total;
+      const double negative_gap = inv_temperature * dot[n] - expected_lse;
+      const double share = is_nce ? sigmoid(negative_gap) : std::exp(negative_gap);
+      if (is_nce) expected_loss += softplus(negative_gap) + std::log1p(kNceEps / 0.3);
       expected_dinv += share * dot[n];
       for (std::int64_t d = 0; d < D; ++d) {
         expected_dquery[d] += share * row(j, d);
         expected_dbank[j * D + d] += (masks ? scale[j] : C{1}) * grad[i] * share * query[i * D + d];
       }
     }
-    CHECK_CLOSE(loss[i], std::log(total) - inv_temperature * positive_logit, tolerance);
-    CHECK_CLOSE(lse[i], std::log(total), tolerance);
-    CHECK_CLOSE(dinv[i], expected_dinv, tolerance);
+    const auto close = [&](double got, double expected) {
+      CHECK_CLOSE(got, expected, tolerance * (1 + std::abs(expected)));
+    };
+    close(loss[i], expected_loss);
+    close(lse[i], expected_lse);
+    close(dinv[i], expected_dinv);
     for (std::int64_t d = 0; d < D; ++d) {
-      CHECK_CLOSE(dquery[i * D + d], inv_temperature * expected_dquery[d], tolerance);
-      CHECK_CLOSE(dpositive[i * D + d], inv_temperature * (positive_share - 1) * query[i * D + d],
-                  tolerance);
+      close(dquery[i * D + d], inv_temperature * expected_dquery[d]);
+      close(dpositive[i * D + d], inv_temperature * positive_weight * query[i * D + d]);
     }
   }
   for (std::int64_t n = 0; n < K * D; ++n) {
     const double expected = inv_temperature * expected_dbank[n];
-    CHECK_CLOSE(to_compute(dbank[n]), expected, tolerance + out_tolerance * std::abs(expected));
+    CHECK_CLOSE(to_compute(dbank[n]), expected,
+                tolerance + (tolerance + out_tolerance) * std::abs(expected));
   }
+}
+
+struct Case {
+  std::vector<float> query, positive, bank;
+  std::vector<std::int64_t> index;
+  IndexedContrastInputs inputs{};
+};
+
+Case random_case(Sizes size, Objective objective) {
+  const auto [B, K, M, D] = size;
+  std::mt19937 random(9);
+  Case out{unit_rows<float>(B, D, random), unit_rows<float>(B, D, random),
+           unit_rows<float>(K, D, random), std::vector<std::int64_t>(B * M)};
+  for (std::int64_t& j : out.index) j = static_cast<std::int64_t>(random() % K);
+  out.inputs.bank.query = out.query.data();
+  out.inputs.bank.bank = out.bank.data();
+  out.inputs.bank.B = B;
+  out.inputs.bank.K = K;
+  out.inputs.bank.D = D;
+  out.inputs.bank.dtype = out.inputs.bank.bank_dtype = DType::kFloat32;
+  out.inputs.bank.inv_temperature = 1 / 0.07;
+  out.inputs.bank.objective = objective;
+  out.inputs.bank.log_partition = 3;
+  out.inputs.bank.noise_ratio = 0.3;
+  out.inputs.index = out.index.data();
+  out.inputs.M = M;
+  return out;
+}
+
+struct Results {
+  std::vector<float> loss, lse, dinv, dquery, dpositive, dbank;
+};
+
+Results run(const Case& some, int num_threads, Isa isa) {
+  const BankContrastInputs& in = some.inputs.bank;
+  const auto poisoned = [](std::int64_t size) {
+    return std::vector<float>(size, static_cast<float>(kNan));
+  };
+  Results out{poisoned(in.B),        poisoned(in.B),        poisoned(in.B),
+              poisoned(in.B * in.D), poisoned(in.B * in.D), poisoned(in.K * in.D)};
+  const std::vector<float> grad(in.B, 0.5f);
+  CHECK(indexed_contrast_cpu({out.loss.data(), out.lse.data(), out.dquery.data(),
+                              out.dpositive.data(), out.dinv.data()},
+                             some.positive.data(), some.inputs, threads(num_threads),
+                             isa) == Status::kOk);
+  CHECK(indexed_contrast_backward_cpu(out.dbank.data(), grad.data(), out.lse.data(), some.inputs,
+                                      threads(num_threads), isa) == Status::kOk);
+  return out;
+}
+
+// A NaN in a row that is named reaches all that comes of it, wherever the row stands in the list;
+// in one that is not named, nothing.
+void test_nan(Objective objective, Isa isa) {
+  for (const std::int64_t m : {0, 63, 64, 150}) {
+    Case some = random_case({3, 500, 151, 37}, objective);
+    const std::int64_t lone = 499;
+    for (std::int64_t& j : some.index) j = j == lone ? 0 : j;
+    some.bank[lone * 37 + 5] = static_cast<float>(kNan);
+    for (const float element : run(some, 2, isa).dbank) CHECK(!std::isnan(element));
+
+    some.index[151 + m] = lone;
+    const Results got = run(some, 2, isa);
+    CHECK(!std::isnan(got.loss[0]) && std::isnan(got.loss[1]) && !std::isnan(got.loss[2]));
+    for (std::int64_t d = 0; d < 37; ++d) {
+      CHECK(std::isnan(got.dquery[37 + d]) && std::isnan(got.dbank[lone * 37 + d]));
+    }
+  }
+}
+
+// Logits around 1e11 are rounded by thousands, lse too: a weight still is at most 1.
+void test_huge_logits(Objective objective, Isa isa) {
+  Case some = random_case({4, 60, 200, 33}, objective);
+  for (float& element : some.bank) element *= 1e6f;
+  for (float& element : some.query) element *= 1e4f;
+  const Results got = run(some, 2, isa);
+  const double bound = 4 * 200 * 1e4 / 0.07;
+  for (const float loss : got.loss) CHECK(std::isfinite(loss));
+  for (const float element : got.dquery) CHECK(std::isfinite(element));
+  for (const float element : got.dbank) CHECK(std::abs(element) <= bound);
+}
+
+// One row, named 300,000 times: a running float sum would stagnate on it.
+void test_sums_of_sums(Objective objective, Isa isa) {
+  const std::int64_t M = 300000, D = 35;
+  Case some = random_case({1, 3, M, D}, objective);
+  std::fill(some.index.begin(), some.index.end(), 1);
+  double dot = 0, positive = 0;
+  for (std::int64_t d = 0; d < D; ++d) {
+    dot += static_cast<double>(some.query[d]) * some.bank[D + d];
+    positive += static_cast<double>(some.query[d]) * some.positive[d];
+  }
+  const double offset = 3 + std::log(0.3 + kNceEps), s = dot / 0.07, s_positive = positive / 0.07;
+  const bool is_nce = objective == Objective::kNce;
+  const double loss = is_nce ? softplus(offset - s_positive) +
+                                   M * (softplus(s - offset) + std::log1p(kNceEps / 0.3))
+                             : softplus(std::log(M) + s - s_positive);
+  const double weight = is_nce ? M * sigmoid(s - offset) : sigmoid(std::log(M) + s - s_positive);
+  const double positive_weight = is_nce ? sigmoid(offset - s_positive) : weight;
+  for (const int num_threads : {1, 2}) {
+    const Results got = run(some, num_threads, isa);
+    CHECK_CLOSE(got.loss[0], loss, 2e-6 * loss);
+    for (std::int64_t d = 0; d < D; ++d) {
+      const double expected =
+          (weight * some.bank[D + d] - positive_weight * some.positive[d]) / 0.07;
+      CHECK_CLOSE(got.dquery[d], expected, 2e-6 * weight / 0.07);
+    }
+  }
+}
+
+// NCE without negatives leaves the positive's term.
+void test_without_negatives(Isa isa) {
+  const std::vector<char> valid(20, 0);
+  for (const std::int64_t M : {0, 70}) {
+    Case some = random_case({2, 20, M, 9}, Objective::kNce);
+    some.inputs.bank.valid = reinterpret_cast<const bool*>(valid.data());
+    const Results got = run(some, 2, isa);
+    for (const std::int64_t i : {0, 1}) {
+      double gap = 3 + std::log(0.3 + kNceEps);
+      for (std::int64_t d = 0; d < 9; ++d) {
+        gap -= some.query[i * 9 + d] * some.positive[i * 9 + d] / 0.07;
+      }
+      CHECK_CLOSE(got.loss[i], softplus(gap), 1e-5 * softplus(gap));
+    }
+    for (const float element : got.dbank) CHECK(element == 0);
+  }
+}
+
+void test_empty_sizes(Objective objective, Isa isa) {
+  CHECK(run(random_case({0, 4, 0, 3}, objective), 2, isa).dbank == std::vector<float>(12, 0));
+  run(random_case({0, 4, 7, 3}, objective), 2, isa);
+  Case none = random_case({2, 1, 0, 3}, objective);
+  none.inputs.bank.K = 0;
+  for (const float loss : run(none, 2, isa).loss) CHECK(std::isfinite(loss));
 }
 
 }  // namespace
 
 int main() {
-  const Sizes sizes[] = {{1, 1, 1, 1}, {3, 5, 0, 7}, {2, 40, 67, 13}, {5, 90, 200, 128}};
+  const Sizes sizes[] = {
+      {1, 1, 1, 1}, {3, 5, 0, 7}, {2, 40, 67, 13}, {5, 90, 200, 128}, {2, 30, 150, 769}};
   for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
     if (isa > widest_isa()) continue;
-    for (const Sizes& size : sizes) {
-      for (const bool masks : {false, true}) {
-        for (const int n : {1, 3}) {
-          test_against_definition<float, float>(size, DType::kFloat32, DType::kFloat32, 1e-5, 0,
-                                                masks, isa, n);
-          test_against_definition<double, double>(size, DType::kFloat64, DType::kFloat64, 1e-13, 0,
-                                                  masks, isa, n);
-          test_against_definition<double, float>(size, DType::kFloat64, DType::kFloat32, 1e-13,
-                                                 1e-7, masks, isa, n);
-          test_against_definition<float, BFloat16>(size, DType::kFloat32, DType::kBFloat16, 1e-5,
-                                                   0.01, masks, isa, n);
-          test_against_definition<float, Float16>(size, DType::kFloat32, DType::kFloat16, 1e-5,
-                                                  0.001, masks, isa, n);
+    for (const Objective objective : {Objective::kInfoNce, Objective::kNce}) {
+      for (const Sizes& size : sizes) {
+        for (const bool masks : {false, true}) {
+          for (const int n : {1, 3}) {
+            test_against_definition<float, float>(size, DType::kFloat32, DType::kFloat32, 1e-5, 0,
+                                                  masks, objective, isa, n);
+            test_against_definition<double, double>(size, DType::kFloat64, DType::kFloat64, 1e-13,
+                                                    0, masks, objective, isa, n);
+            test_against_definition<double, float>(size, DType::kFloat64, DType::kFloat32, 1e-13,
+                                                   1e-7, masks, objective, isa, n);
+            test_against_definition<float, BFloat16>(size, DType::kFloat32, DType::kBFloat16, 1e-5,
+                                                     0.01, masks, objective, isa, n);
+            test_against_definition<float, Float16>(size, DType::kFloat32, DType::kFloat16, 1e-5,
+                                                    0.001, masks, objective, isa, n);
+          }
         }
       }
+      test_nan(objective, isa);
+      test_huge_logits(objective, isa);
+      test_sums_of_sums(objective, isa);
+      test_empty_sizes(objective, isa);
     }
+    test_without_negatives(isa);
   }
   return check::exit_code();
 }

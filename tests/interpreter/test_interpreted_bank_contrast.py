@@ -1,6 +1,7 @@
 """bank_contrast's Triton kernels on CPU tensors, against the float64 reference."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ SIZES = [(1, 1, 1), (3, 7, 5), (17, 131, 31), (2, 70, 200), (4, 300, 128)]
 EMPTY = [(0, 5, 4), (4, 0, 8), (0, 0, 3)]
 
 
-def make_case(B, K, D, *, dtype=torch.float32, bank_dtype=None, temperature=0.07, masks=()):
+def make_case(
+    B, K, D, *, dtype=torch.float32, bank_dtype=None, temperature=0.07, masks=(), nce=False
+):
     query, positive, bank = (
         F.normalize(torch.randn(n, D, dtype=torch.float64), dim=1).to(dtype) for n in (B, B, K)
     )
@@ -33,6 +36,9 @@ def make_case(B, K, D, *, dtype=torch.float32, bank_dtype=None, temperature=0.07
         case["exclude_index"] = torch.randint(-1, max(K, 1), (B,))
     if "valid" in masks:
         case["valid"] = torch.rand(K) < 0.7
+    if nce:
+        case["log_partition"] = torch.tensor(2.5, dtype=torch.float64)
+        case["num_data"] = 1000
     return case
 
 
@@ -53,7 +59,9 @@ def ours(case, upstream):
 
 def plain(case, upstream, dtype=None):
     case = {
-        name: value.to(dtype) if dtype and value.is_floating_point() else value
+        name: value.to(dtype)
+        if dtype and name != "num_data" and value.is_floating_point()
+        else value
         for name, value in case.items()
     }
     names = ("query", "positive", "bank", "inv_temperature")
@@ -63,6 +71,9 @@ def plain(case, upstream, dtype=None):
     gradients = torch.autograd.grad(loss, [case[name] for name in names], upstream.to(loss.dtype))
     positive_logit = (case["query"] * case["positive"]).sum(1) * case["inv_temperature"]
     lse = (loss + positive_logit).detach()
+    if "log_partition" in case:
+        offset = case["log_partition"] + math.log(1 / case["num_data"] + reference.NCE_EPS)
+        lse = offset.expand(len(loss))
     return [loss.detach(), *gradients, lse.to(loss.dtype)]
 
 
@@ -94,6 +105,18 @@ def test_sizes(dtype, size, assert_accurate):
 )
 def test_masks(masks, assert_accurate):
     check(assert_accurate, make_case(3, 70, 9, masks=masks))
+
+
+@pytest.mark.parametrize("size", SIZES + EMPTY, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nce(dtype, size, assert_accurate):
+    B, K, D = size if dtype == torch.float32 else (min(size[0], 5), min(size[1], 40), size[2])
+    check(assert_accurate, make_case(B, K, D, dtype=dtype, masks=MASKS, nce=True))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 100.0])
+def test_nce_at_any_temperature(temperature, assert_accurate):
+    check(assert_accurate, make_case(3, 70, 9, temperature=temperature, nce=True))
 
 
 @pytest.mark.parametrize("bank_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
