@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from codir_fast import _C
+from codir_fast.checks import check_choice
 from codir_fast.version import __version__
 
 OPS = ("masked_pool", "bank_contrast", "indexed_contrast", "bank_update")
@@ -64,10 +65,9 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
         ValueError: `backend` is no backend's name.
         RuntimeError: the backend was named and can't run `op` here.
     """
+    check_choice("backend", backend, ("auto", *NAMES))
     if backend == "auto":
         return AUTO.get((device.type, op), "torch")
-    if backend not in NAMES:
-        raise ValueError(f"`backend` must be one of {('auto', *NAMES)}, got {backend!r}")
     reason = _why_not(op, backend, device.type)
     if reason:
         able = [name for name in NAMES if not _why_not(op, name, device.type)]

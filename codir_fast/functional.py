@@ -118,7 +118,7 @@ def contrastive_loss(
     check_options(objective, reduction, normalize, symmetric)
     check_nce(objective, log_partition, num_data)
     q, p = _prepare_pair(query, positive_key, normalize)
-    inv_temperature = _inverse(temperature, q.dtype)
+    inv_temperature = _inverse(temperature, q)
     given = (labels, negative_labels, negative_index, exclude_index)
     negatives = choose_negatives(query, p, negative_keys, normalize, *given)
     log_z, counts = None, (1, 1)
@@ -167,7 +167,7 @@ def estimate_log_partition(
     q, p = _prepare_pair(query, positive_key, normalize)
     given = (labels, negative_labels, negative_index, exclude_index)
     negatives = choose_negatives(query, p, negative_keys, normalize, *given)
-    inv_temperature = _inverse(temperature, q.dtype)
+    inv_temperature = _inverse(temperature, q)
     return _log_partition(q, p, negatives, inv_temperature, symmetric, num_data, backend)
 
 
@@ -289,7 +289,7 @@ def _check_pair(query: Tensor, positive_key: Tensor) -> None:
     check_input_dtype("positive_key", positive_key, query)
 
 
-def _inverse(temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
+def _inverse(temperature: float | Tensor, query: Tensor) -> Tensor:
     if not isinstance(temperature, Tensor):
         check_temperature(temperature)
         return torch.full((), 1 / temperature, dtype=torch.float64, device="cpu")
@@ -297,9 +297,11 @@ def _inverse(temperature: float | Tensor, dtype: torch.dtype) -> Tensor:
     if temperature.ndim != 0:
         raise ValueError(f"`temperature` must be 0-d, got shape {tuple(temperature.shape)}")
     check_float_dtype("temperature", temperature.dtype)
+    if temperature.device.type != "cpu":
+        check_device("temperature", temperature, query.device, "`query` or on the CPU")
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
         check_temperature(temperature.item())
-    return temperature.to(dtype).reciprocal()
+    return temperature.to(query.dtype).reciprocal()
 
 
 def _as_scalar(log_partition: float | Tensor, query: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from codir_fast.backend import NAMES as BACKENDS
-from codir_fast.checks import check_choice, check_flag
+from codir_fast.checks import check_choice, check_flag, check_number
 from codir_fast.functional import (
     check_nce,
     check_options,
@@ -64,6 +64,8 @@ class ContrastiveLoss(nn.Module):
         check_options(objective, reduction, normalize, symmetric)
         check_flag("learnable_temperature", learnable_temperature)
         check_nce(objective, log_partition, num_data)
+        if log_partition is not None:
+            check_number("log_partition", log_partition)
         check_temperature(temperature)
         check_choice("backend", backend, ("auto", *BACKENDS))
         self.objective, self.normalize, self.reduction = objective, normalize, reduction

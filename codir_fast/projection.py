@@ -4,7 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codir_fast.checks import check_count, check_float_dtype, check_tensor
+from codir_fast.checks import (
+    check_count,
+    check_device,
+    check_float_dtype,
+    check_same_dtype,
+    check_tensor,
+)
 
 
 class ProjectionHead(nn.Module):
@@ -35,6 +41,10 @@ class ProjectionHead(nn.Module):
         width = self.linear.in_features
         if pooled.ndim == 0 or pooled.shape[-1] != width:
             raise ValueError(f"`pooled` must have shape (..., {width}), got {tuple(pooled.shape)}")
+        weight = self.linear.weight
+        check_device("pooled", pooled, weight.device, "the head")
+        if not torch.is_autocast_enabled(pooled.device.type):
+            check_same_dtype("pooled", pooled, weight.dtype, "the head")
         projected = self.linear(pooled)
         # The norm of half-precision rows is taken in float32.
         wide = torch.float64 if projected.dtype == torch.float64 else torch.float32

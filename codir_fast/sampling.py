@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from codir_fast.checks import check_count, check_device, check_integers, check_tensor
+from codir_fast.checks import check_count, check_device, check_flag, check_integers, check_tensor
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 
 # Random keys, or drawn rows, that one part of the queries holds at once.
@@ -44,7 +44,10 @@ def sample_negatives(
         >>> index = codir_fast.sample_negatives(bank, labels, 4096)
         >>> loss = loss_fn(query, positive_key, bank, negative_index=index)
     """
+    check_flag("replacement", replacement)
     first, size, rows = _own_rows(bank, labels, M)
+    if generator is not None:
+        _check_generator(generator, rows.device)
     others = rows.shape[0] - size
     _check_enough(others, M, replacement)
     B = size.shape[0]
@@ -79,6 +82,15 @@ def _own_rows(
     own = labels.to(torch.int64)
     first = torch.searchsorted(ordered, own)
     return first, torch.searchsorted(ordered, own, right=True) - first, filled[order]
+
+
+def _check_generator(generator: torch.Generator, device: torch.device) -> None:
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"`generator` must be a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != device.type:
+        raise ValueError(
+            f"`generator` must be on the device of the bank, {device}, got {generator.device}"
+        )
 
 
 def _check_enough(others: Tensor, M: int, replacement: bool) -> None:

@@ -32,7 +32,8 @@ void update_row(T* row, const C* key, std::int64_t D, C momentum) {
 Status bank_update_cpu(void* bank, bool* filled, const std::int64_t* index, const void* keys,
                        std::int64_t N, std::int64_t D, DType bank_dtype, double momentum,
                        const Executor& executor) {
-  const std::int64_t owners = std::max(executor.num_threads, 1);
+  constexpr std::int64_t kWorthThreads = 1 << 15;  // elements; fewer are written before one starts
+  const std::int64_t owners = N * D < kWorthThreads ? 1 : std::max(executor.num_threads, 1);
   return with_storage(bank_dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using C = Compute<T>;

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
 
 _LIBRARY = torch.library.Library("codir_fast", "FRAGMENT")
 
@@ -37,8 +38,9 @@ def register_fake(op: OpOverload, fake: Callable[..., Any]) -> None:
     """
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        devices = {str(t.device) for t in given if isinstance(t, Tensor) and t.ndim > 0}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        # A scalar may stay on the CPU.
+        devices = {str(t.device) for t in tensors if t.ndim > 0 or t.device.type != "cpu"}
         if len(devices) > 1:
             raise RuntimeError(
                 f"{op.name()} needs all tensors on one device, got {' and '.join(sorted(devices))}"
