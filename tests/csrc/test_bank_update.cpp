@@ -14,7 +14,7 @@ using namespace codir_fast;
 
 namespace {
 
-constexpr std::int64_t K = 23, D = 17, N = 60;
+constexpr std::int64_t K = 23, D = 17, N = 2000;  // enough for several threads
 
 template <typename Element>
 void test_against_definition(DType dtype, double tolerance, bool with_filled, int num_threads) {
