@@ -27,8 +27,9 @@ $(VENV)/.torch: requirements/torch.txt
 	$(INSTALL) -r requirements/torch.txt
 	@touch $@
 
-$(VENV)/.packages: requirements/dev.txt $(VENV)/.torch
+$(VENV)/.packages: requirements/dev.txt requirements/test-peers.txt $(VENV)/.torch
 	$(INSTALL) -r requirements/torch.txt -r requirements/dev.txt
+	$(INSTALL) --no-deps -r requirements/test-peers.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.packages $(BUILD_FILES)

@@ -36,6 +36,7 @@ __all__ = [
     "ProjectionHead",
     "__version__",
     "backends",
+    "compat",
     "functional",
     "pool_hidden_states",
     "sample_negatives",
@@ -43,6 +44,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "compat":
+        return importlib.import_module("codir_fast.compat")
     if name in _DISTILLATION:
         return getattr(importlib.import_module("codir_fast.distillation"), name)
     raise AttributeError(f"module 'codir_fast' has no attribute {name!r}")
