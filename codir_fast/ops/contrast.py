@@ -13,6 +13,8 @@ from torch import Tensor
 from codir_fast.ops import registration
 from codir_fast.reference import NCE_EPS
 
+_BLOCK_ROWS = 512
+
 # loss, lse, dquery, dpositive, dinv_temperature
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -42,8 +44,7 @@ class InfoNceSums:
         shift = maximum.masked_fill(maximum == -torch.inf, 0)  # no allowed row yet
         rescale = (self.maximum - shift).exp()
         weights = logits.sub_(shift[:, None]).exp_()
-        self.rows.mul_(rescale[:, None])
-        _add_weighted(self.rows, weights, rows)
+        self.rows = self.rows * rescale[:, None] + _weighted_rows(weights, rows)
         self.maximum = maximum
         self.total.scale(rescale)
         self.total.add(weights.sum(1))
@@ -54,13 +55,15 @@ class InfoNceSums:
         # log of (sum over negatives / e^{s+}): loss = log(1 + e^gap), and nothing of the size of s+
         # is subtracted twice.
         gap = (self.maximum - positive_logit) + total.log()
+        # From the maximum itself, which the backward pass meets again among its logits.
+        lse = torch.logaddexp(self.maximum + total.log(), positive_logit)
         loss = torch.logaddexp(gap, torch.zeros_like(gap))
         negative_weight = gap.sigmoid()
         mean_negative = self.rows / total.masked_fill(total == 0, 1)[:, None]
         direction = negative_weight[:, None] * (mean_negative - positive)  # d loss / d (query / t)
         dpositive = -negative_weight[:, None] * query * inv_t
         dinv_temperature = (query * direction).sum(1)
-        return loss, positive_logit + loss, direction * inv_t, dpositive, dinv_temperature
+        return loss, lse, direction * inv_t, dpositive, dinv_temperature
 
 
 class NceSums:
@@ -80,7 +83,7 @@ class NceSums:
         count = (logits != -torch.inf).sum(1, dtype=logits.dtype)
         gap = logits.sub_(self.offset[:, None])
         self.total.add(softplus(gap).sum(1) + self.extra * count)
-        _add_weighted(self.rows, gap.sigmoid_(), rows)
+        self.rows += _weighted_rows(gap.sigmoid_(), rows)
 
     def finish(self, query: Tensor, positive: Tensor, inv_t: Tensor) -> Outputs:
         gap = self.offset - (query * positive).sum(1) * inv_t
@@ -128,14 +131,24 @@ class _CompensatedSum:
         self.value = value
 
 
-def _add_weighted(sums: Tensor, weights: Tensor, rows: Tensor) -> None:
-    if rows.shape[-1] == 1:
-        # A matrix product would be one long dot product, summed from left to right.
-        sums.add_((weights * rows[..., 0]).sum(1, keepdim=True))
-    elif rows.ndim == 2:
-        sums.addmm_(weights, rows)
-    else:
-        sums.add_(torch.einsum("bm,bmd->bd", weights, rows))
+def _weighted_rows(weights: Tensor, rows: Tensor) -> Tensor:
+    """sum over c of weights[b, c] * rows[c], or rows[b, c]: (B, D), by blocks of rows.
+
+    One product for all would be added up from left to right where there are few queries.
+    """
+    whole = weights.shape[1] - weights.shape[1] % _BLOCK_ROWS
+    rest = torch.einsum(_product(rows), weights[:, whole:], rows[..., whole:, :])
+    if whole == 0:
+        return rest
+    blocks = weights[:, :whole].unflatten(1, (-1, _BLOCK_ROWS))
+    parts = rows[..., :whole, :].unflatten(-2, (-1, _BLOCK_ROWS))
+    if rows.ndim == 2:
+        return torch.bmm(blocks.transpose(0, 1), parts).sum(0) + rest
+    return torch.einsum("bnc,bncd->bnd", blocks, parts).sum(1) + rest
+
+
+def _product(rows: Tensor) -> str:
+    return "bc,cd->bd" if rows.ndim == 2 else "bc,bcd->bd"
 
 
 def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
