@@ -78,12 +78,11 @@ class ContrastiveLoss(nn.Module):
         if not learnable_temperature:
             self._temperature = temperature
             return
-        start = -math.log(temperature)
-        if not _MIN_LOG_INV <= start <= _MAX_LOG_INV:
+        if not 0.01 <= temperature <= 100:
             raise ValueError(
                 f"`temperature` must be in [0.01, 100] to be learnt, got {temperature}"
             )
-        self.log_inv_temperature = nn.Parameter(torch.tensor(start))
+        self.log_inv_temperature = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     @property
     def temperature(self) -> float | Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codir_fast.checks import check_count, check_integers
+from codir_fast.checks import check_count, check_index, check_integers
 from codir_fast.functional import contrastive_loss, estimate_log_partition
 
 _Z_V1, _Z_V2 = 2, 3  # places in `params`
@@ -81,17 +81,26 @@ class ContrastMemory(nn.Module):
         self.update(v1, v2, y)
         return out_v1, out_v2
 
-    def choose_rows(self, y: Tensor, idx: Tensor | None) -> Tensor:
-        """The (B, K + 1) rows that count for each query, its positive's first."""
-        B, K = y.shape[0], int(self.params[0])
-        check_integers("y", y, f"(B,) with B={B}", B)
+    def choose_rows(
+        self, y: Tensor, idx: Tensor | None, names: tuple[str, str] = ("y", "idx")
+    ) -> Tensor:
+        """The (B, K + 1) rows that count for each query, its positive's first; `names` are those
+        of the two arguments in messages.
+        """
+        B, K, n = len(y), int(self.params[0]), self.memory_v1.shape[0]
+        check_integers(names[0], y, f"(B,) with B={B}", B)
+        check_index(names[0], y, 0, n)
+        if B == 0:
+            raise ValueError(f"`{names[0]}` must have at least one row, got (0,)")
         if idx is None:
-            drawn = torch.randint(self.memory_v1.shape[0], (B, K), device=y.device)
+            drawn = torch.randint(n, (B, K), device=y.device)
             return torch.cat([y.to(torch.int64)[:, None], drawn], dim=1)
         if idx.shape != (B, K + 1):
             raise ValueError(
-                f"`idx` must have shape (B, K + 1) with B={B}, K={K}, got {tuple(idx.shape)}"
+                f"`{names[1]}` must have shape (B, K + 1) with B={B}, K={K}, got {tuple(idx.shape)}"
             )
+        check_integers(names[1], idx.flatten(), "(B, K + 1)", B * (K + 1))
+        check_index(names[1], idx, 0, n)
         return idx.to(torch.int64)
 
     def log_partition(self, place: int, query: Tensor, memory: Tensor, rows: Tensor) -> float:
@@ -176,7 +185,7 @@ class CRDLoss(nn.Module):
         """
         v_s, v_t = self.embed_s(f_s), self.embed_t(f_t)
         contrast = self.contrast
-        rows = contrast.choose_rows(idx, contrast_idx)
+        rows = contrast.choose_rows(idx, contrast_idx, ("idx", "contrast_idx"))
         loss = self._one_way(v_s, contrast.memory_v2, rows, _Z_V1)
         loss = loss + self._one_way(v_t, contrast.memory_v1, rows, _Z_V2)
         contrast.update(v_s, v_t, idx)

@@ -107,7 +107,9 @@ def objective_sums(query: Tensor, log_partition: Tensor | None, noise_ratio: flo
 def objective_weights(logits: Tensor, lse: Tensor, log_partition: Tensor | None) -> Tensor:
     """d loss / d logit of each negative, (B, C), in place of its logit; `lse` is the forward's."""
     gap = logits.sub_(lse[:, None])
-    return gap.exp_() if log_partition is None else gap.sigmoid_()
+    if log_partition is None:  # at most 1; `lse` may be rounded below the largest logit
+        return gap.clamp_(max=0).exp_()
+    return gap.sigmoid_()
 
 
 def softplus(gap: Tensor) -> Tensor:

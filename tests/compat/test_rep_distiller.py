@@ -204,6 +204,21 @@ def test_refusals():
         memory(v, v, y, torch.zeros(B, K, dtype=torch.int64))
     with pytest.raises(TypeError, match="`y` must be of an integer dtype"):
         memory(v, v, y.float())
+    with pytest.raises(ValueError, match="`y` must have at least one row"):
+        memory(v[:0], v[:0], y[:0])
+    with pytest.raises(ValueError, match=re.escape("`y` must be in [0, 40), got 40")):
+        memory(v, v, y + 35)
+    rows = torch.zeros(B, K + 1, dtype=torch.int64)
+    f_s, f_t, *_ = batch()
+    for wrong, error, message in (
+        (rows[:, 1:], ValueError, "`contrast_idx` must have shape (B, K + 1) with B=6, K=15"),
+        (rows.float(), TypeError, "`contrast_idx` must be of an integer dtype"),
+        (rows - 1, ValueError, "`contrast_idx` must be in [0, 40), got -1"),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            CRDLoss(OPT)(f_s, f_t, y, wrong)
+    with pytest.raises(ValueError, match=re.escape("`idx` must be in [0, 40), got 40")):
+        CRDLoss(OPT)(f_s, f_t, y + 35)
     with pytest.raises(ValueError, match="`K` must be at least 1"):
         ContrastMemory(D, N, 0)
     with pytest.raises(AttributeError, match="nce_m"):
