@@ -75,7 +75,13 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["codir_fast", "codir_fast.distillation", "codir_fast.ops", "codir_fast.kernels"],
+    packages=[
+        "codir_fast",
+        "codir_fast.compat",
+        "codir_fast.distillation",
+        "codir_fast.ops",
+        "codir_fast.kernels",
+    ],
     package_dir={"codir_fast.kernels": "kernels"},
     package_data={"codir_fast": ["py.typed"]},
     ext_modules=[Extension("codir_fast._C", sources=[])],

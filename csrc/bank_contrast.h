@@ -40,10 +40,11 @@ struct BankContrastInputs {
 };
 
 // Per query: loss, lse and d loss / d(1/t), (B,); d loss / d query and d loss / d positive, (B, D).
-// All of dtype.
+// All of dtype but lse, which is double: e^{s - lse} of a logit s in float must not be off by e to
+// the rounding of a large lse.
 struct BankContrastOutputs {
   void* loss;
-  void* lse;
+  double* lse;
   void* dquery;
   void* dpositive;
   void* dinv_temperature;
@@ -56,8 +57,8 @@ Status bank_contrast_cpu(const BankContrastOutputs& outputs, const void* positiv
                          Isa isa = active_isa());
 
 // dbank (K, D) of bank_dtype: dbank_j = bank_scale_j * sum_i grad_loss_i * e^{s_ij - lse_i} * q_i /
-// t over the i with j in A_i. grad_loss and lse (B,) of dtype.
-Status bank_contrast_backward_cpu(void* dbank, const void* grad_loss, const void* lse,
+// t over the i with j in A_i. grad_loss (B,) of dtype, lse (B,) as bank_contrast_cpu gave it.
+Status bank_contrast_backward_cpu(void* dbank, const void* grad_loss, const double* lse,
                                   const BankContrastInputs& inputs, const Executor& executor,
                                   Isa isa = active_isa());
 

@@ -121,7 +121,7 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
 }
 
 template <typename C>
-Status backward(void* dbank, const C* grad_loss, const C* lse, const BankContrastInputs& in,
+Status backward(void* dbank, const C* grad_loss, const double* lse, const BankContrastInputs& in,
                 const Executor& executor, Isa isa) {
   const BankKernels<C>& kernel = kernels<C>(isa);
   const C* query = static_cast<const C*>(in.query);
@@ -132,19 +132,26 @@ Status backward(void* dbank, const C* grad_loss, const C* lse, const BankContras
   const Buffer<C> packed = pack_queries(query, in.B, in.D, tiling);
   const Buffer<C> scratch = allocate<C>(tasks * scratch_size);
   const Buffer<C> row_query = allocate<C>(tiling.size() * columns);
-  const Buffer<C> coefficient = allocate<C>(tiling.size()), padded_lse = allocate<C>(tiling.size());
-  if (!packed || !scratch || !row_query || !coefficient || !padded_lse) return Status::kOutOfMemory;
+  const Buffer<C> coefficient = allocate<C>(tiling.size());
+  const Buffer<C> lse_high = allocate<C>(tiling.size()), lse_low = allocate<C>(tiling.size());
+  if (!packed || !scratch || !row_query || !coefficient || !lse_high || !lse_low)
+    return Status::kOutOfMemory;
   std::fill_n(row_query.get(), tiling.size() * columns, C{0});
   for (std::int64_t i = 0; i < tiling.size(); ++i) {
     coefficient[i] = i < in.B ? grad_loss[i] * static_cast<C>(in.inv_temperature) : C{0};
-    padded_lse[i] = i < in.B ? lse[i] : std::numeric_limits<C>::infinity();
-    if (i < in.B) std::copy_n(query + i * in.D, in.D, row_query.get() + i * columns);
+    lse_high[i] = std::numeric_limits<C>::infinity();
+    lse_low[i] = 0;
+    if (i >= in.B) continue;
+    const SplitLse<C> split(lse[i]);
+    lse_high[i] = split.high;
+    lse_low[i] = split.low;
+    std::copy_n(query + i * in.D, in.D, row_query.get() + i * columns);
   }
 
   executor.parallel_for(tasks, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t n = begin; n < end; ++n) {
       const Range rows = share(in.K, tasks, n);
-      kernel.backward({dbank, row_query.get(), coefficient.get(), padded_lse.get()},
+      kernel.backward({dbank, row_query.get(), coefficient.get(), lse_high.get(), lse_low.get()},
                       {packed.get(), &in, tiling.lanes, 0, tiling.tiles, rows.begin, rows.end,
                        scratch.get() + n * scratch_size});
     }
@@ -163,15 +170,14 @@ Status bank_contrast_cpu(const BankContrastOutputs& outputs, const void* positiv
   });
 }
 
-Status bank_contrast_backward_cpu(void* dbank, const void* grad_loss, const void* lse,
+Status bank_contrast_backward_cpu(void* dbank, const void* grad_loss, const double* lse,
                                   const BankContrastInputs& inputs, const Executor& executor,
                                   Isa isa) {
   if (!supported(inputs.dtype, inputs.bank_dtype)) return Status::kUnsupportedDType;
   if (inputs.K == 0) return Status::kOk;
   return in_dtype(inputs.dtype, [&](auto zero) {
     using C = decltype(zero);
-    return backward(dbank, static_cast<const C*>(grad_loss), static_cast<const C*>(lse), inputs,
-                    executor, isa);
+    return backward(dbank, static_cast<const C*>(grad_loss), lse, inputs, executor, isa);
   });
 }
 

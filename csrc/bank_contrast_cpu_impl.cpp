@@ -366,19 +366,20 @@ void scan_tiles(const Objective& objective, const BankSums<C>& out, const BankTa
 }
 
 // logits <- weight * coefficient, with lse for shift: what each query adds of itself to each row's
-// gradient. 0 where lse is +inf: that marks lanes past B, and their logits, 0 times the row, may be
-// NaN.
+// gradient. 0 where lse_high is +inf: that marks lanes past B, and their logits, 0 times the row,
+// may be NaN.
 template <int NV, typename Objective, typename C>
-void block_coefficients(const Objective& objective, C* logits, std::int64_t num_rows, const C* lse,
-                        const C* coefficient) {
+void block_coefficients(const Objective& objective, C* logits, std::int64_t num_rows,
+                        const C* lse_high, const C* lse_low, const C* coefficient) {
   for (std::int64_t k = 0; k < num_rows; ++k) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       C* at = logits + (k * NV + v) * kLanes<C>;
-      const Vec<C> shift = load<Vec<C>>(lse + v * kLanes<C>);
-      const Vec<C> weight = objective(load<Vec<C>>(at), shift).weight;
+      const Vec<C> high = load<Vec<C>>(lse_high + v * kLanes<C>);
+      const Vec<C> low = load<Vec<C>>(lse_low + v * kLanes<C>);
+      const Vec<C> weight = objective(load<Vec<C>>(at) - high, low).weight;
       const Vec<C> product = weight * load<Vec<C>>(coefficient + v * kLanes<C>);
-      store(at, shift == kInfinity<C> ? Vec<C>{} : product);
+      store(at, high == kInfinity<C> ? Vec<C>{} : product);
     }
   }
 }
@@ -444,8 +445,8 @@ void backward_tiles(const Objective& objective, const BankGradient<C>& out,
     if (!is_one_run) fill(gradient, size, C{0});
     for (std::int64_t tile = task.tile_begin; tile < task.tile_end; ++tile) {
       block_logits<NV>(scratch.logits, task, tile, block, tile == task.tile_begin);
-      block_coefficients<NV>(objective, scratch.logits, block.size, out.lse + tile * lanes,
-                             out.coefficient + tile * lanes);
+      block_coefficients<NV>(objective, scratch.logits, block.size, out.lse_high + tile * lanes,
+                             out.lse_low + tile * lanes, out.coefficient + tile * lanes);
       add_queries(run, columns, scratch.logits, block.size, out.row_query + tile * lanes * columns,
                   lanes);
       const bool ends =

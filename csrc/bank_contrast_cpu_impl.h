@@ -34,14 +34,15 @@ struct BankSums {
 };
 
 // Gradients to the task's bank rows, from all tiles. row_query (tiles * lanes, padded_D) holds q_i
-// again, row-major with columns padded with 0; coefficient[i] = grad_loss_i / t, 0 past B; lse[i]
-// is +inf past B.
+// again, row-major with columns padded with 0; coefficient[i] = grad_loss_i / t, 0 past B;
+// lse_high[i] + lse_low[i] = lse_i, +inf past B.
 template <typename C>
 struct BankGradient {
   void* dbank;
   const C* row_query;
   const C* coefficient;
-  const C* lse;
+  const C* lse_high;
+  const C* lse_low;
 };
 
 template <typename C>

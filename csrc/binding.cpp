@@ -271,13 +271,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrast(const char* op, cons
   check_size(positive_view, "positive", {B, D});
   check_dtype(positive_view, "positive", query.scalar_type(), "of query's dtype");
   const Tensor positive = torch::stable::contiguous(positive_view);
-  Tensor loss = new_tensor(query, {B}), lse = new_tensor(query, {B});
+  Tensor loss = new_tensor(query, {B});
+  Tensor lse = torch::stable::new_empty(query, {B}, ScalarType::Double);
   Tensor dquery = new_tensor(query, {B, D}), dpositive = new_tensor(query, {B, D});
   Tensor dinv_temperature = new_tensor(query, {B});
-  check_status(run({loss.mutable_data_ptr(), lse.mutable_data_ptr(), dquery.mutable_data_ptr(),
-                    dpositive.mutable_data_ptr(), dinv_temperature.mutable_data_ptr()},
-                   positive.const_data_ptr()),
-               op);
+  check_status(
+      run({loss.mutable_data_ptr(), lse.mutable_data_ptr<double>(), dquery.mutable_data_ptr(),
+           dpositive.mutable_data_ptr(), dinv_temperature.mutable_data_ptr()},
+          positive.const_data_ptr()),
+      op);
   return {loss, lse, dquery, dpositive, dinv_temperature};
 }
 
@@ -285,12 +287,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrast(const char* op, cons
 template <typename Run>
 Tensor contrast_backward(const char* op, const Tensor& grad_loss_view, const Tensor& lse_view,
                          const Tensor& query, const Tensor& bank, const Run& run) {
-  const auto per_query = [&](const Tensor& tensor, const char* name) {
-    return *vector_argument(tensor, name, query.size(0), query.scalar_type(), "of query's dtype");
-  };
-  const Tensor grad_loss = per_query(grad_loss_view, "grad_loss"), lse = per_query(lse_view, "lse");
+  const std::int64_t B = query.size(0);
+  const Tensor grad_loss =
+      *vector_argument(grad_loss_view, "grad_loss", B, query.scalar_type(), "of query's dtype");
+  const Tensor lse = *vector_argument(lse_view, "lse", B, ScalarType::Double, "float64");
   Tensor dbank = new_tensor(bank, {bank.size(0), bank.size(1)});
-  check_status(run(dbank.mutable_data_ptr(), grad_loss.const_data_ptr(), lse.const_data_ptr()), op);
+  check_status(
+      run(dbank.mutable_data_ptr(), grad_loss.const_data_ptr(), lse.const_data_ptr<double>()), op);
   return dbank;
 }
 
@@ -321,7 +324,7 @@ Tensor bank_contrast_backward(const Tensor& grad_loss, const Tensor& query, cons
       bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
                               exclude_index, valid, log_partition, num_noise, num_data);
   return contrast_backward("bank_contrast_backward", grad_loss, lse, query, bank,
-                           [&](void* dbank, const void* grad_data, const void* lse_data) {
+                           [&](void* dbank, const void* grad_data, const double* lse_data) {
                              return bank_contrast_backward_cpu(dbank, grad_data, lse_data,
                                                                arguments.view, torch_executor());
                            });
@@ -385,7 +388,7 @@ Tensor indexed_contrast_backward(const Tensor& grad_loss, const Tensor& query, c
       query, bank, inv_temperature, index, bank_scale, labels, bank_labels, exclude_index, valid,
       log_partition, num_noise, num_data);
   return contrast_backward("indexed_contrast_backward", grad_loss, lse, query, bank,
-                           [&](void* dbank, const void* grad_data, const void* lse_data) {
+                           [&](void* dbank, const void* grad_data, const double* lse_data) {
                              return indexed_contrast_backward_cpu(dbank, grad_data, lse_data,
                                                                   arguments.view, torch_executor());
                            });

@@ -45,6 +45,16 @@ double first_shift(const BankContrastInputs& in) {
                                          : -std::numeric_limits<double>::infinity();
 }
 
+// lse as two numbers of the arithmetic's type, so that the first can be taken from a logit near to
+// it without rounding.
+template <typename C>
+struct SplitLse {
+  C high, low;
+
+  explicit SplitLse(double lse)
+      : high(static_cast<C>(lse)), low(static_cast<C>(lse - static_cast<double>(high))) {}
+};
+
 // How queries lie in tiles.
 struct Tiling {
   std::int64_t lanes, tiles;
@@ -128,7 +138,7 @@ void finish_query(const BankContrastOutputs& outputs, const C* q, const C* p,
   const double weight = is_nce ? 1 : sums.total == 0 ? 0 : gap.slope / sums.total;
 
   static_cast<C*>(outputs.loss)[i] = static_cast<C>(loss);
-  static_cast<C*>(outputs.lse)[i] = static_cast<C>(lse);
+  outputs.lse[i] = lse;
   static_cast<C*>(outputs.dinv_temperature)[i] =
       static_cast<C>(weight * negatives - gap.slope * positive);
   C* dquery = static_cast<C*>(outputs.dquery) + i * in.D;

@@ -22,7 +22,7 @@ Status indexed_contrast_cpu(const BankContrastOutputs& outputs, const void* posi
                             Isa isa = active_isa());
 
 // dbank (K, D) of bank_dtype, every element written; sums over repeated rows in a fixed order.
-Status indexed_contrast_backward_cpu(void* dbank, const void* grad_loss, const void* lse,
+Status indexed_contrast_backward_cpu(void* dbank, const void* grad_loss, const double* lse,
                                      const IndexedContrastInputs& inputs, const Executor& executor,
                                      Isa isa = active_isa());
 

@@ -93,8 +93,8 @@ void scatter_rows(C* dbank, const C* coefficient, const IndexedContrastInputs& i
 }
 
 template <typename C>
-Status backward(void* dbank, const C* grad_loss, const C* lse, const IndexedContrastInputs& inputs,
-                const Executor& executor, Isa isa) {
+Status backward(void* dbank, const C* grad_loss, const double* lse,
+                const IndexedContrastInputs& inputs, const Executor& executor, Isa isa) {
   const BankContrastInputs& in = inputs.bank;
   const IndexedKernels<C>& kernel = kernels<C>(isa);
   const std::int64_t threads = std::max(executor.num_threads, 1);
@@ -112,8 +112,9 @@ Status backward(void* dbank, const C* grad_loss, const C* lse, const IndexedCont
     for (std::int64_t thread = begin; thread < end; ++thread) {
       const Range queries = share(in.B, threads, thread);
       for (std::int64_t i = queries.begin; i < queries.end; ++i) {
-        kernel.coefficients(coefficient.get() + i * inputs.M, inputs, i, grad_loss[i], lse[i],
-                            scratch.get() + thread * scratch_size);
+        const SplitLse<C> split(lse[i]);
+        kernel.coefficients(coefficient.get() + i * inputs.M, inputs, i, grad_loss[i], split.high,
+                            split.low, scratch.get() + thread * scratch_size);
       }
     }
   });
@@ -146,14 +147,13 @@ Status indexed_contrast_cpu(const BankContrastOutputs& outputs, const void* posi
   });
 }
 
-Status indexed_contrast_backward_cpu(void* dbank, const void* grad_loss, const void* lse,
+Status indexed_contrast_backward_cpu(void* dbank, const void* grad_loss, const double* lse,
                                      const IndexedContrastInputs& inputs, const Executor& executor,
                                      Isa isa) {
   if (!supported(inputs.bank.dtype, inputs.bank.bank_dtype)) return Status::kUnsupportedDType;
   return in_dtype(inputs.bank.dtype, [&](auto zero) {
     using C = decltype(zero);
-    return backward(dbank, static_cast<const C*>(grad_loss), static_cast<const C*>(lse), inputs,
-                    executor, isa);
+    return backward(dbank, static_cast<const C*>(grad_loss), lse, inputs, executor, isa);
   });
 }
 

@@ -228,7 +228,7 @@ void scan(const IndexedSums<C>& out, const IndexedContrastInputs& inputs, std::i
 
 template <typename C>
 void coefficients(C* coefficient, const IndexedContrastInputs& inputs, std::int64_t i, C grad,
-                  C lse, C* scratch) {
+                  C lse_high, C lse_low, C* scratch) {
   const C share = grad * static_cast<C>(inputs.bank.inv_temperature);
   Chunk<C> chunk;
   C weights[kChunk];
@@ -238,7 +238,8 @@ void coefficients(C* coefficient, const IndexedContrastInputs& inputs, std::int6
       load_chunk(chunk, inputs, i, begin, inputs.M, scratch);
       if (chunk.size == 0) continue;
       chunk_logits(chunk, inputs, i, inputs.M);
-      chunk_weights(objective, weights, chunk, lse);
+      for (C& logit : chunk.logits) logit -= lse_high;
+      chunk_weights(objective, weights, chunk, lse_low);
       for (std::int64_t n = 0; n < chunk.size; ++n) {
         coefficient[chunk.position[n]] = weights[n] * share;
       }

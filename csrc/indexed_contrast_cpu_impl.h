@@ -24,8 +24,8 @@ struct IndexedKernels {
                std::int64_t begin, std::int64_t end, C* scratch);
   // coefficient (M,) <- bank_scale_j * grad * weight / t for query i, with lse for shift; 0 where a
   // position does not count.
-  void (*coefficients)(C* coefficient, const IndexedContrastInputs&, std::int64_t i, C grad, C lse,
-                       C* scratch);
+  void (*coefficients)(C* coefficient, const IndexedContrastInputs&, std::int64_t i, C grad,
+                       C lse_high, C lse_low, C* scratch);
 };
 
 namespace baseline {

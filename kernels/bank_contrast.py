@@ -345,10 +345,14 @@ def bank_contrast_backward_kernel(
         )
         lse = tl.load(lse_ptr + i, mask=i < B, other=0.0)
         grad = tl.load(grad_ptr + i, mask=i < B, other=0.0)
+        # In two parts: the first is taken from a logit near lse without rounding.
+        high = lse.to(ACC)
+        low = (lse - high).to(ACC)
+        gap = (s - high[:, None]) - low[:, None]
         if NCE:
-            weight, _ = _logistic(s - lse[:, None])
+            weight, _ = _logistic(gap)
         else:
-            weight = tl.exp(s - lse[:, None])
+            weight = tl.exp(gap)
         weight = weight * (grad * inv_temperature)[:, None]
         query = _load_rows(query_ptr, i, i < B, d, D, ACC)
         dbank = _add_rows(dbank, tl.trans(weight), query, PRECISION)
@@ -391,14 +395,15 @@ def bank_contrast(
 
     Returns:
         loss (B,), lse (B,), dquery (B, D), dpositive (B, D), dinv_temperature (B,) in the query's
-        dtype: log-sum-exp with the positive (NCE: log Z + log(c + eps)), and the derivatives of
-        loss_i.
+        dtype, lse in float64: log-sum-exp with the positive (NCE: log Z + log(c + eps)), and the
+        derivatives of loss_i.
     """
     masks = (labels, bank_labels, exclude_index, valid)
     inputs, flags = _prepare(query, bank, inv_temperature, bank_scale, *masks)
     (B, D), K = query.shape, bank.shape[0]
     _check("positive", positive, (B, D), (query.dtype,), query.device)
-    loss, lse, dinv_temperature = (query.new_empty(B) for _ in range(3))
+    loss, dinv_temperature = (query.new_empty(B) for _ in range(2))
+    lse = query.new_empty(B, dtype=torch.float64)
     dquery, dpositive = (query.new_empty(B, D) for _ in range(2))
     outputs = (loss, lse, dquery, dpositive, dinv_temperature)
     nce = _nce(log_partition, num_noise, num_data, query)
@@ -451,14 +456,14 @@ def bank_contrast_backward(
 ) -> Tensor:
     """Gradient to the bank, (K, D) in its dtype; 0 in rows that are not valid.
 
-    `grad_loss` and `lse` are (B,) in the query's dtype, lse as bank_contrast returned it; the other
+    `grad_loss` is (B,) in the query's dtype, `lse` (B,) as bank_contrast returned it; the other
     arguments as they were given to it.
     """
     masks = (labels, bank_labels, exclude_index, valid)
     inputs, flags = _prepare(query, bank, inv_temperature, bank_scale, *masks)
     (B, D), K = query.shape, bank.shape[0]
-    for name, tensor in (("grad_loss", grad_loss), ("lse", lse)):
-        _check(name, tensor, (B,), (query.dtype,), query.device)
+    _check("grad_loss", grad_loss, (B,), (query.dtype,), query.device)
+    _check("lse", lse, (B,), (torch.float64,), query.device)
     dbank = torch.empty(K, D, dtype=bank.dtype, device=bank.device)
     if K == 0:
         return dbank

@@ -603,7 +603,7 @@ def test_sample_negatives(changes, error, message):
 # What is called directly has one class of error for all, and words of its own.
 contrast = {"query": q, "positive": q, "bank": rows, "inv_temperature": torch.tensor(5.0)}
 backward = {name: contrast[name] for name in ("query", "bank", "inv_temperature")}
-backward |= {"grad_loss": torch.ones(B), "lse": torch.ones(B)}
+backward |= {"grad_loss": torch.ones(B), "lse": torch.ones(B).double()}
 pooled_grad = torch.ones(2, 8)
 WORKING = {
     "bank_contrast": contrast,
@@ -679,8 +679,8 @@ DIRECT = [
     (BACKWARD, {"grad_loss": torch.ones(B + 1)}, "`grad_loss` must have shape (6, ), got (7, )"),
     (BACKWARD, {"grad_loss": torch.ones(())}, "`grad_loss` must have shape (6, ), got ()"),
     (BACKWARD, {"grad_loss": torch.ones(B).double()}, "`grad_loss` must be of query's dtype"),
-    (BACKWARD, {"lse": torch.ones(B - 1)}, "`lse` must have shape (6, ), got (5, )"),
-    (BACKWARD, {"lse": torch.ones(B).double()}, "`lse` must be of query's dtype"),
+    (BACKWARD, {"lse": torch.ones(B - 1).double()}, "`lse` must have shape (6, ), got (5, )"),
+    (BACKWARD, {"lse": torch.ones(B)}, "`lse` must be float64"),
     (INDEXED, {"index": index[1:]}, "`index` must have shape (6, 3, ), got (5, 3, )"),
     (INDEXED, {"index": labels}, "`index` must have shape (B, M)"),
     (INDEXED, {"index": index.int()}, "`index` must be int64"),

@@ -39,7 +39,7 @@ AXES = {
 # B * K * D; the dense truth of the last two forms makes as many rows.
 _LARGEST = {"shared": 1 << 26, "gradient": 1 << 26, "bank": 1 << 26, "own": 1 << 22}
 _LARGEST["index"] = _LARGEST["own"]
-_STEPS = ((1 << 16, 2), (1 << 18, 4), (1 << 20, 8), (1 << 22, 24), (1 << 26, 96))
+_STEPS = ((1 << 15, 2), (1 << 17, 4), (1 << 19, 8), (1 << 22, 32), (1 << 26, 512))
 
 
 class Case(NamedTuple):

@@ -31,7 +31,13 @@ def test_sdist_holds_all_sources(dist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     sources = ("csrc/**/*", "kernels/*.py", "codir_fast/**/*.py", "tests/**/*.py", "tests/csrc/*")
-    for pattern in (*sources, "docs/*.md", "benchmarks/*.py", "examples/*.py", "requirements/*.txt"):
+    for pattern in (
+        *sources,
+        "docs/*.md",
+        "benchmarks/*.py",
+        "examples/*.py",
+        "requirements/*.txt",
+    ):
         files = [
             path
             for path in ROOT.glob(pattern)

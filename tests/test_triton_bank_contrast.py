@@ -42,6 +42,7 @@ def arguments(arch, dtype, bank_dtype, D, masked):
     tile = by_size[min(size for size in by_size if size >= D)]._asdict()
     arrays = "maximum total rows query positive inv_temperature loss lse dquery dpositive grad"
     types = {f"{name}_ptr": f"*{TYPES[dtype]}:16" for name in arrays.split()}
+    types["lse_ptr"] = "*fp64:16"
     types["dinv_temperature_ptr"] = types["loss_ptr"]
     types["bank_ptr"] = types["dbank_ptr"] = f"*{bank_dtype}:16"
     types["scale_ptr"] = types["loss_ptr"] if masked else None

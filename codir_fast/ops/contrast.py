@@ -13,9 +13,9 @@ from torch import Tensor
 from codir_fast.ops import registration
 from codir_fast.reference import NCE_EPS
 
-_BLOCK_ROWS = 512
+_BLOCK_ROWS = 256
 
-# loss, lse, dquery, dpositive, dinv_temperature
+# loss, lse, dquery, dpositive, dinv_temperature; all in the query's dtype but lse, see `wide`
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -55,8 +55,7 @@ class InfoNceSums:
         # log of (sum over negatives / e^{s+}): loss = log(1 + e^gap), and nothing of the size of s+
         # is subtracted twice.
         gap = (self.maximum - positive_logit) + total.log()
-        # From the maximum itself, which the backward pass meets again among its logits.
-        lse = torch.logaddexp(self.maximum + total.log(), positive_logit)
+        lse = torch.logaddexp(wide(self.maximum) + wide(total).log(), wide(positive_logit))
         loss = torch.logaddexp(gap, torch.zeros_like(gap))
         negative_weight = gap.sigmoid()
         mean_negative = self.rows / total.masked_fill(total == 0, 1)[:, None]
@@ -73,8 +72,8 @@ class NceSums:
 
     def __init__(self, query: Tensor, log_partition: Tensor, noise_ratio: float) -> None:
         log_noise = math.log(noise_ratio + NCE_EPS)
-        self.offset = (log_partition.to(query.dtype) + log_noise).expand(query.shape[0])
-        self.offset = self.offset.to(query.device)
+        self.lse = (wide(log_partition) + log_noise).to(query.device).expand(query.shape[0])
+        self.offset = self.lse.to(query.dtype)
         self.extra = math.log1p(NCE_EPS / noise_ratio)
         self.total = _CompensatedSum(query.new_zeros(query.shape[:1]))
         self.rows = torch.zeros_like(query)
@@ -91,7 +90,7 @@ class NceSums:
         direction = self.rows - positive_weight * positive  # d loss / d (query / t)
         return (
             softplus(gap) + self.total.value,
-            self.offset.contiguous(),
+            wide(self.lse).contiguous(),
             direction * inv_t,
             -positive_weight * query * inv_t,
             (query * direction).sum(1),
@@ -106,10 +105,17 @@ def objective_sums(query: Tensor, log_partition: Tensor | None, noise_ratio: flo
 
 def objective_weights(logits: Tensor, lse: Tensor, log_partition: Tensor | None) -> Tensor:
     """d loss / d logit of each negative, (B, C), in place of its logit; `lse` is the forward's."""
-    gap = logits.sub_(lse[:, None])
-    if log_partition is None:  # at most 1; `lse` may be rounded below the largest logit
-        return gap.clamp_(max=0).exp_()
-    return gap.sigmoid_()
+    high = lse.to(logits.dtype)
+    low = (lse - high).to(logits.dtype)
+    gap = logits.sub_(high[:, None]).sub_(low[:, None])  # exact for a logit near lse
+    return gap.exp_() if log_partition is None else gap.sigmoid_()
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float64, as lse is kept: e^{s - lse} of a float32 logit s must not be off by e to the
+    rounding of a large lse. Apple's GPUs have no float64.
+    """
+    return values if values.device.type == "mps" else values.to(torch.float64)
 
 
 def softplus(gap: Tensor) -> Tensor:
@@ -211,7 +217,8 @@ def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
 
 def _fake(query: Tensor, *_: Any, **__: Any) -> Outputs:
     B, D = query.shape
-    loss, lse, dinv_temperature = (query.new_empty(B) for _ in range(3))
+    loss, dinv_temperature = query.new_empty(B), query.new_empty(B)
+    lse = wide(query.new_empty(B))
     return loss, lse, query.new_empty(B, D), query.new_empty(B, D), dinv_temperature
 
 

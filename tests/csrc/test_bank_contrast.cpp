@@ -158,7 +158,9 @@ void add_scale(Case<C, T>& some) {
 
 template <typename C, typename T = C>
 struct Results {
-  std::vector<C> loss, lse, dquery, dpositive, dinv_temperature;
+  std::vector<C> loss;
+  std::vector<double> lse;
+  std::vector<C> dquery, dpositive, dinv_temperature;
   std::vector<T> dbank;
 };
 
@@ -249,7 +251,7 @@ template <typename C, typename T>
 Results<C, T> run(const Case<C, T>& some, int num_threads, Isa isa) {
   const C nan = static_cast<C>(kNan);
   Results<C, T> out{
-      std::vector<C>(some.B, nan),          std::vector<C>(some.B, nan),
+      std::vector<C>(some.B, nan),          std::vector<double>(some.B, kNan),
       std::vector<C>(some.B * some.D, nan), std::vector<C>(some.B * some.D, nan),
       std::vector<C>(some.B, nan),          std::vector<T>(some.K * some.D, rounded<T>(kNan))};
   CHECK(bank_contrast_cpu({out.loss.data(), out.lse.data(), out.dquery.data(), out.dpositive.data(),
@@ -283,8 +285,7 @@ std::vector<Isa> isas() {
   return out;
 }
 
-// A logit s is known to epsilon |s|, and so, relatively, is its weight. lse reaches the backward
-// rounded the same way.
+// A logit s is known to epsilon |s|, and so, relatively, is its weight.
 template <typename C, typename T>
 void check_objective(const Case<C, T>& some, const std::vector<int>& thread_counts) {
   const Expected expected = definition(some);
@@ -528,7 +529,7 @@ void test_nan_in_a_row_that_nobody_sees(Objective objective) {
     some.bank_labels.assign(40, 8);
     some.bank_labels[11] = 7;
     some.bank[11 * some.D] = static_cast<float>(kNan);
-    const std::vector<float> lse(B, 20.0f);
+    const std::vector<double> lse(B, 20.0);
     for (const Isa isa : isas()) {
       std::vector<float> dbank(40 * some.D, static_cast<float>(kNan));
       bank_contrast_backward_cpu(dbank.data(), some.grad_loss.data(), lse.data(), some.inputs(),
@@ -538,7 +539,7 @@ void test_nan_in_a_row_that_nobody_sees(Objective objective) {
   }
 }
 
-// Logits around 1e11 are rounded by thousands, lse too: a weight still is at most 1.
+// Logits around 1e11 are rounded by thousands: a weight still is at most 1.
 void test_huge_logits_keep_gradients_bounded(Objective objective) {
   Case<float> some = random_case<float>(20, 300, 33);
   some.objective = objective;
@@ -559,11 +560,12 @@ void test_out_of_memory_is_a_status() {
   Executor executor;
   executor.parallel_for = [](std::int64_t, const auto&) { throw std::bad_alloc(); };
   std::vector<float> rows(5 * some.D), queries(3 * some.D), scalars(3);
+  std::vector<double> lse(3);
   CHECK(bank_contrast_cpu(
-            {scalars.data(), scalars.data(), queries.data(), queries.data(), scalars.data()},
+            {scalars.data(), lse.data(), queries.data(), queries.data(), scalars.data()},
             some.positive.data(), some.inputs(), executor) == Status::kOutOfMemory);
-  CHECK(bank_contrast_backward_cpu(rows.data(), some.grad_loss.data(), scalars.data(),
-                                   some.inputs(), executor) == Status::kOutOfMemory);
+  CHECK(bank_contrast_backward_cpu(rows.data(), some.grad_loss.data(), lse.data(), some.inputs(),
+                                   executor) == Status::kOutOfMemory);
 }
 
 template <typename Element>

@@ -92,7 +92,8 @@ void test_against_definition(Sizes size, DType dtype, DType bank_dtype, double t
   inputs.index = index.data();
   inputs.M = M;
 
-  std::vector<C> loss(B, kNan), lse(B, kNan), dinv(B, kNan);
+  std::vector<C> loss(B, kNan), dinv(B, kNan);
+  std::vector<double> lse(B, kNan);
   std::vector<C> dquery(B * D, kNan), dpositive(B * D, kNan);
   std::vector<T> dbank(K * D);
   for (T& value : dbank) from_compute(static_cast<Compute<T>>(kNan), &value);
@@ -193,7 +194,9 @@ Case random_case(Sizes size, Objective objective) {
 }
 
 struct Results {
-  std::vector<float> loss, lse, dinv, dquery, dpositive, dbank;
+  std::vector<float> loss;
+  std::vector<double> lse;
+  std::vector<float> dinv, dquery, dpositive, dbank;
 };
 
 Results run(const Case& some, int num_threads, Isa isa) {
@@ -201,8 +204,8 @@ Results run(const Case& some, int num_threads, Isa isa) {
   const auto poisoned = [](std::int64_t size) {
     return std::vector<float>(size, static_cast<float>(kNan));
   };
-  Results out{poisoned(in.B),        poisoned(in.B),        poisoned(in.B),
-              poisoned(in.B * in.D), poisoned(in.B * in.D), poisoned(in.K * in.D)};
+  Results out{poisoned(in.B),        std::vector<double>(in.B, kNan), poisoned(in.B),
+              poisoned(in.B * in.D), poisoned(in.B * in.D),           poisoned(in.K * in.D)};
   const std::vector<float> grad(in.B, 0.5f);
   CHECK(indexed_contrast_cpu({out.loss.data(), out.lse.data(), out.dquery.data(),
                               out.dpositive.data(), out.dinv.data()},
@@ -232,7 +235,7 @@ void test_nan(Objective objective, Isa isa) {
   }
 }
 
-// Logits around 1e11 are rounded by thousands, lse too: a weight still is at most 1.
+// Logits around 1e11 are rounded by thousands: a weight still is at most 1.
 void test_huge_logits(Objective objective, Isa isa) {
   Case some = random_case({4, 60, 200, 33}, objective);
   for (float& element : some.bank) element *= 1e6f;
