@@ -10,6 +10,7 @@ from torch import Tensor
 hypothesis.settings.register_profile(
     "repeatable", derandomize=True, deadline=None, max_examples=25, database=None
 )
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=250, database=None)
 hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
