@@ -55,6 +55,25 @@ Buffer<C> pack_queries(const C* query, std::int64_t B, std::int64_t D, const Til
   return packed;
 }
 
+// InfoNCE's shifts begin at the largest logit that unit rows can have: they seldom move then.
+// Anything would be right, so a bound that is no use is 0.
+template <typename C>
+void bound_shifts(const PartialSums<C>& sums, const BankContrastInputs& in, std::int64_t row_ranges,
+                  const Tiling& tiling) {
+  constexpr double kUseful = 1e4;
+  const C* query = static_cast<const C*>(in.query);
+  for (std::int64_t i = 0; i < tiling.size(); ++i) {
+    double square = 0;
+    for (std::int64_t d = 0; i < in.B && d < in.D; ++d) {
+      square += static_cast<double>(query[i * in.D + d]) * query[i * in.D + d];
+    }
+    const double bound = std::sqrt(square) * in.inv_temperature;
+    for (std::int64_t range = 0; range < row_ranges; ++range) {
+      sums.shift[range * tiling.size() + i] = bound < kUseful ? static_cast<C>(bound) : C{0};
+    }
+  }
+}
+
 // Work is a grid: groups of tiles times ranges of bank rows. Tiles are preferred, since ranges of
 // rows cost partial sums; but threads must not wait for one another. More than one range never
 // outnumbers the rows.
@@ -94,6 +113,7 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
   const Buffer<double> weighted_rows = allocate<double>(executor.num_threads * in.D);
   const PartialSums<C> sums(grid.row_ranges, tiling, in);
   if (!packed || !scratch || !weighted_rows || !sums.allocated()) return Status::kOutOfMemory;
+  if (in.objective == Objective::kInfoNce) bound_shifts(sums, in, grid.row_ranges, tiling);
 
   executor.parallel_for(tasks, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t n = begin; n < end; ++n) {

@@ -32,8 +32,9 @@ constexpr std::int64_t kBlockElements = 1 << 15;                 // of a block, 
 constexpr std::int64_t kDepth = 128;  // a query's elements that stay in L1 meanwhile
 constexpr std::int64_t kBlocksPerRun = 64, kQueriesPerRun = 512;
 constexpr std::int64_t kMaxLanes = kMaxTileVectors * kVectorBytes / 4;
-// Weights may grow to e^kSlack before the shift follows the maximum, so that O is seldom rescaled.
-constexpr int kSlack = 8;
+// Weights may grow to e^kSlack before the shift follows the maximum, so that O is seldom rescaled;
+// the largest may begin at e^-kDrop, so that a first shift that is an upper bound is often kept.
+constexpr int kSlack = 8, kDrop = 30;
 
 template <typename C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
@@ -114,28 +115,65 @@ void column_product(C* out, std::int64_t ldo, const C* const* rows, std::int64_t
   }
 }
 
-// A block of bank rows as the products want it: pointers, past the last row and at invalid rows to
-// a row of zeros.
+// A block of bank rows as the products want it. Past the last row and at invalid rows: a row of
+// zeros that is out.
 template <typename C>
 struct Block {
   const C* rows[kMaxBlockRows + kMaxTileRows];
+  C logit_scale[kMaxBlockRows + kMaxTileRows];  // bank_scale / t
+  C bank_scale[kMaxBlockRows + kMaxTileRows];
+  typename Simd<C>::Int is_out[kMaxBlockRows + kMaxTileRows];  // all bits, or none
   std::int64_t begin, size;
+  bool has_out;      // among the rows that register tiles reach
   const char* next;  // the block after this one in the bank, null at the end
   std::int64_t bytes_per_element;
+};
+
+// Which rows of a block are no negatives of the queries of a tile.
+template <typename C>
+struct TileMask {
+  using Int = typename Simd<C>::Int;
+  // Labels as two halves: vectors of the width of C compare all 64 bits.
+  Int label_low[kMaxLanes] = {}, label_high[kMaxLanes] = {};
+  Int excluded[kMaxLanes];  // number in the block, -1 for none of it
+  const std::int64_t* row_labels = nullptr;
+  bool is_any;
+
+  TileMask(const BankContrastInputs& in, const Block<C>& block, std::int64_t query_begin,
+           std::int64_t lanes)
+      : is_any(block.has_out || in.labels != nullptr) {
+    for (std::int64_t lane = 0; lane < lanes; ++lane) {
+      excluded[lane] = -1;
+      const std::int64_t i = query_begin + lane;
+      if (i >= in.B) continue;
+      if (in.exclude_index != nullptr) {
+        const std::int64_t k = in.exclude_index[i] - block.begin;
+        if (k >= 0 && k < block.size) {
+          excluded[lane] = static_cast<Int>(k);
+          is_any = true;
+        }
+      }
+      if (in.labels != nullptr) {
+        label_low[lane] = static_cast<Int>(in.labels[i]);
+        label_high[lane] = static_cast<Int>(in.labels[i] >> 32);
+      }
+    }
+    if (in.labels != nullptr) row_labels = in.bank_labels + block.begin;
+  }
 };
 
 // Scratch space of one task, as scratch_size counts it.
 template <typename C>
 struct Scratch {
-  C* logits;     // (kMaxBlockRows + kMaxTileRows, lanes)
+  C* products;   // (kMaxBlockRows + kMaxTileRows, lanes)
   C* zero_row;   // (D,)
   C* converted;  // (kMaxBlockRows, D)
   C* sums;       // forward: [tile][d][lane] of the run of blocks; backward: gradient of the block
                  // from the run of tiles, padded_dim columns, then that from all runs
 
   Scratch(C* memory, std::int64_t lanes, std::int64_t D)
-      : logits(memory),
-        zero_row(logits + (kMaxBlockRows + kMaxTileRows) * lanes),
+      : products(memory),
+        zero_row(products + (kMaxBlockRows + kMaxTileRows) * lanes),
         converted(zero_row + padded_dim<C>(D)),
         sums(converted + kMaxBlockRows * padded_dim<C>(D)) {}
 };
@@ -150,21 +188,30 @@ std::int64_t scratch_size(std::int64_t lanes, std::int64_t D, std::int64_t num_t
 
 template <typename C>
 void load_block(Block<C>& block, const Scratch<C>& scratch, const BankTask<C>& task,
-                std::int64_t begin) {
+                std::int64_t begin, std::int64_t tile_rows) {
   const BankContrastInputs& in = *task.inputs;
   const std::int64_t most = block_rows(in.D), left = task.row_end - begin;
   block.begin = begin;
   block.size = left < most ? left : most;
+  block.has_out = block.size % tile_rows != 0;
   with_storage(in.bank_dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const T* bank = static_cast<const T*>(in.bank) + begin * in.D;
     block.next = left > most ? reinterpret_cast<const char*>(bank + most * in.D) : nullptr;
     block.bytes_per_element = sizeof(T);
-    for (std::int64_t k = 0; k < block.size; ++k) {
+    for (std::int64_t k = 0; k < block.size + kMaxTileRows; ++k) {
+      const std::int64_t j = begin + k;
+      const bool counts = k < block.size && (in.valid == nullptr || in.valid[j]);
+      if (k < block.size && !counts) block.has_out = true;
+      block.rows[k] = scratch.zero_row;
+      block.bank_scale[k] = !counts                    ? C{0}
+                            : in.bank_scale != nullptr ? static_cast<const C*>(in.bank_scale)[j]
+                                                       : C{1};
+      block.logit_scale[k] = static_cast<C>(in.inv_temperature) * block.bank_scale[k];
+      block.is_out[k] = counts ? 0 : -1;
+      if (!counts) continue;
       const T* row = bank + k * in.D;
-      if (in.valid != nullptr && !in.valid[begin + k]) {
-        block.rows[k] = scratch.zero_row;
-      } else if constexpr (std::is_same_v<T, C>) {
+      if constexpr (std::is_same_v<T, C>) {
         block.rows[k] = row;
       } else {
         C* converted = scratch.converted + k * in.D;
@@ -173,136 +220,155 @@ void load_block(Block<C>& block, const Scratch<C>& scratch, const BankTask<C>& t
       }
     }
   });
-  for (std::int64_t k = block.size; k < block.size + kMaxTileRows; ++k)
-    block.rows[k] = scratch.zero_row;
 }
 
-template <int NV, typename C>
-void mask_same_label(C* logits, const BankContrastInputs& in, std::int64_t query_begin,
-                     const Block<C>& block) {
-  // Labels as two halves: vectors of the width of C compare all 64 bits.
+// products (rows, NV vectors) <- use(product, v, k), with NV functions of what lies there; -inf
+// ends up where a row is no negative.
+template <int NV, bool kMasked, typename Use, typename C>
+void visit(Use& use, C* products, const Block<C>& block, const TileMask<C>& mask,
+           std::int64_t begin, std::int64_t end) {
+  using V = Vec<C>;
   using Int = typename Simd<C>::Int;
   using IV = IntVec<C>;
-  Int low[kMaxLanes] = {}, high[kMaxLanes] = {};
-  for (std::int64_t lane = 0; lane < NV * kLanes<C> && query_begin + lane < in.B; ++lane) {
-    low[lane] = static_cast<Int>(in.labels[query_begin + lane]);
-    high[lane] = static_cast<Int>(in.labels[query_begin + lane] >> 32);
-  }
-  for (std::int64_t k = 0; k < block.size; ++k) {
-    const std::int64_t label = in.bank_labels[block.begin + k];
-    const IV row_low = static_cast<Int>(label) - IV{},
-             row_high = static_cast<Int>(label >> 32) - IV{};
+  for (std::int64_t k = begin; k < end; ++k) {
+    const V scale = splat(block.logit_scale[k]), bank_scale = splat(block.bank_scale[k]);
+    const bool has_label = kMasked && mask.row_labels != nullptr && k < block.size;
+    const std::int64_t label = has_label ? mask.row_labels[k] : 0;
+    const IV low = static_cast<Int>(label) - IV{}, high = static_cast<Int>(label >> 32) - IV{};
+    const IV number = static_cast<Int>(k) - IV{};
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      C* at = logits + (k * NV + v) * kLanes<C>;
-      const auto same =
-          (load<IV>(low + v * kLanes<C>) == row_low) & (load<IV>(high + v * kLanes<C>) == row_high);
-      store(at, same ? splat(-kInfinity<C>) : load<Vec<C>>(at));
+      C* at = products + (k * NV + v) * kLanes<C>;
+      V gap = use.gap(load<V>(at), scale, v);
+      if constexpr (kMasked) {
+        IV is_out = (load<IV>(mask.excluded + v * kLanes<C>) == number) | block.is_out[k];
+        if (has_label) {
+          is_out |= (load<IV>(mask.label_low + v * kLanes<C>) == low) &
+                    (load<IV>(mask.label_high + v * kLanes<C>) == high);
+        }
+        gap = is_out ? splat(-kInfinity<C>) : gap;
+      }
+      store(at, use(gap, bank_scale, v));
     }
   }
 }
 
-// S^T of the block with one tile of queries, -inf where a row is no negative of a query;
+// S^T of the block with one tile of queries, each group of rows handed to `use` while it is in L1;
 // (block.size, NV vectors).
-template <int NV, typename C>
-void block_logits(C* logits, const BankTask<C>& task, std::int64_t tile, const Block<C>& block,
-                  bool fetch_next) {
+template <int NV, typename Use, typename C>
+void visit_products(Use& use, C* products, const BankTask<C>& task, std::int64_t tile,
+                    const Block<C>& block, bool fetch_next) {
   constexpr int MR = tile_rows(NV);
   constexpr std::int64_t lanes = NV * kLanes<C>;
   const BankContrastInputs& in = *task.inputs;
   const C* query = task.packed_query + tile * in.D * lanes;
+  const TileMask<C> mask(in, block, tile * lanes, lanes);
   for (std::int64_t depth = 0; depth < in.D; depth += kDepth) {
     const std::int64_t depth_end = depth + kDepth < in.D ? depth + kDepth : in.D;
     for (std::int64_t k = 0; k < block.size; k += MR) {
       const char* ahead =
           fetch_next && block.next ? block.next + k * in.D * block.bytes_per_element : nullptr;
-      row_product<MR, NV>(logits + k * lanes, lanes, block.rows + k, query, lanes, depth, depth_end,
-                          depth > 0, ahead, MR * block.bytes_per_element);
-    }
-  }
-  for (std::int64_t k = 0; k < block.size; ++k) {
-    const std::int64_t j = block.begin + k;
-    const C scale = static_cast<C>(in.inv_temperature) *
-                    (in.bank_scale != nullptr ? static_cast<const C*>(in.bank_scale)[j] : C{1});
-    const bool is_negative = in.valid == nullptr || in.valid[j];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      C* at = logits + k * lanes + v * kLanes<C>;
-      store(at, is_negative ? load<Vec<C>>(at) * scale : splat(-kInfinity<C>));
-    }
-  }
-  if (in.labels != nullptr) mask_same_label<NV>(logits, in, tile * lanes, block);
-  for (std::int64_t lane = 0;
-       in.exclude_index != nullptr && lane < lanes && tile * lanes + lane < in.B; ++lane) {
-    const std::int64_t k = in.exclude_index[tile * lanes + lane] - block.begin;
-    if (k >= 0 && k < block.size) logits[k * lanes + lane] = -kInfinity<C>;
-  }
-}
-
-// Brings the shift up to the block's maximum where that exceeds it by more than kSlack, and the
-// sums with it.
-template <int NV, typename C>
-void follow_maximum(const C* logits, std::int64_t num_rows, C* shift, double* total, C* sums,
-                    C* weighted_rows, std::int64_t D) {
-  using V = Vec<C>;
-  constexpr std::int64_t lanes = NV * kLanes<C>;
-  V maximum[NV], factor[NV];
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) maximum[v] = splat(-kInfinity<C>);
-  for (std::int64_t k = 0; k < num_rows; ++k) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      const V s = load<V>(logits + k * lanes + v * kLanes<C>);
-      maximum[v] = s > maximum[v] ? s : maximum[v];
-    }
-  }
-  bool moves = false;
-  for (int v = 0; v < NV; ++v) {
-    const V old = load<V>(shift + v * kLanes<C>);
-    const auto moved = maximum[v] > old + static_cast<C>(kSlack);
-    factor[v] = moved ? exp(old - maximum[v]) : splat(C{1});
-    store(shift + v * kLanes<C>, moved ? maximum[v] : old);
-    for (int lane = 0; lane < kLanes<C>; ++lane) moves |= moved[lane] != 0;
-  }
-  if (!moves) return;
-  for (std::int64_t lane = 0; lane < lanes; ++lane)
-    total[lane] *= factor[lane / kLanes<C>][lane % kLanes<C>];
-  for (std::int64_t d = 0; d < D; ++d) {
-    for (int v = 0; v < NV; ++v) {
-      C* sum = sums + d * lanes + v * kLanes<C>;
-      C* weighted = weighted_rows + d * lanes + v * kLanes<C>;
-      store(sum, load<V>(sum) * factor[v]);
-      store(weighted, load<V>(weighted) * factor[v]);
+      row_product<MR, NV>(products + k * lanes, lanes, block.rows + k, query, lanes, depth,
+                          depth_end, depth > 0, ahead, MR * block.bytes_per_element);
+      if (depth_end < in.D) continue;
+      if (mask.is_any) {
+        visit<NV, true>(use, products, block, mask, k, k + MR);
+      } else {
+        visit<NV, false>(use, products, block, mask, k, k + MR);
+      }
     }
   }
 }
 
-// logits <- weight * bank_scale; adds the terms to total.
+// Makes the weights of a block, their sum of terms and the largest s - shift. Once the shift has
+// followed the maximum, a gap beyond kSlack is but the rounding of a huge shift, and is cut.
 template <int NV, typename Objective, typename C>
-void block_weights(const Objective& objective, C* logits, const BankContrastInputs& in,
-                   const Block<C>& block, const C* shift, double* total) {
+struct Weigh {
   using V = Vec<C>;
-  constexpr std::int64_t lanes = NV * kLanes<C>;
-  V sum[NV] = {}, offset[NV];
-#pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) {
-    const V value = load<V>(shift + v * kLanes<C>);
-    offset[v] = value == -kInfinity<C> ? V{} : value;  // no negative so far: e^(-inf - 0) is 0
-  }
-  for (std::int64_t k = 0; k < block.size; ++k) {
-    const std::int64_t j = block.begin + k;
-    const bool scaled = in.bank_scale != nullptr && (in.valid == nullptr || in.valid[j]);
-    const C scale = scaled ? static_cast<const C*>(in.bank_scale)[j] : C{1};
+  Objective objective;
+  V shift[NV], sum[NV], top[NV];
+
+  Weigh(const Objective& objective, const C* shifts) : objective(objective) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      C* at = logits + k * lanes + v * kLanes<C>;
-      const auto [term, weight] = objective(load<V>(at), offset[v]);
-      sum[v] += term;
-      store(at, weight * scale);
+      shift[v] = load<V>(shifts + v * kLanes<C>);
+      sum[v] = V{};
+      top[v] = splat(-kInfinity<C>);
     }
   }
+
+  V gap(V product, V scale, int v) const { return product * scale - shift[v]; }
+
+  V operator()(V gap, V bank_scale, int v) {
+    if constexpr (Objective::kFollowsMaximum) {
+      top[v] = gap > top[v] ? gap : top[v];
+      gap = gap > C{2 * kSlack} ? splat(C{2 * kSlack}) : gap;
+    }
+    const auto [term, weight] = objective(gap);
+    sum[v] += term;
+    return weight * bank_scale;
+  }
+};
+
+// Sums of a tile of queries so far, indexed by lane; `run` and `rows` are [d][lane].
+template <typename C>
+struct TileSums {
+  C* shift;
+  double* total;
+  C *run, *rows;
+};
+
+// Moves the shift to the block's maximum, and the sums with it, where that exceeds it by more than
+// kSlack, or where nothing was summed so far and it is kDrop below. Returns whether any moved: the
+// block's weights are then of no use.
+template <int NV, typename C>
+bool follow_maximum(const Vec<C>* top, const TileSums<C>& sums, std::int64_t D) {
+  constexpr std::int64_t lanes = NV * kLanes<C>;
+  C factor[lanes];
+  bool moves = false;
+#pragma GCC unroll 4
+  for (int v = 0; v < NV; ++v) {
+    const auto far = (top[v] > C{kSlack}) | ((top[v] < C{-kDrop}) & (top[v] > -kInfinity<C>));
+    for (int lane = 0; lane < kLanes<C>; ++lane) moves |= far[lane] != 0;
+  }
+  if (!moves) return false;
+  moves = false;
   for (std::int64_t lane = 0; lane < lanes; ++lane) {
-    total[lane] += static_cast<double>(sum[lane / kLanes<C>][lane % kLanes<C>]);
+    const C highest = top[lane / kLanes<C>][lane % kLanes<C>];
+    const bool starts = sums.total[lane] == 0;
+    factor[lane] = 1;
+    if (!(highest > C{kSlack} || (starts && highest < C{-kDrop} && highest > -kInfinity<C>)))
+      continue;
+    if (!starts) factor[lane] = exp(splat(-highest))[0];
+    sums.shift[lane] += highest;
+    sums.total[lane] *= static_cast<double>(factor[lane]);
+    moves = true;
+  }
+  for (std::int64_t d = 0; moves && d < D; ++d) {
+    for (std::int64_t lane = 0; lane < lanes; ++lane) {
+      sums.run[d * lanes + lane] *= factor[lane];
+      sums.rows[d * lanes + lane] *= factor[lane];
+    }
+  }
+  return moves;
+}
+
+// weights <- those of the block's rows for one tile of queries, times bank_scale; adds the terms to
+// its total.
+template <int NV, typename Objective, typename C>
+void block_weights(const Objective& objective, C* weights, const BankTask<C>& task,
+                   std::int64_t tile, const Block<C>& block, const TileSums<C>& sums,
+                   bool fetch_next) {
+  Weigh<NV, Objective, C> weigh(objective, sums.shift);
+  visit_products<NV>(weigh, weights, task, tile, block, fetch_next);
+  if constexpr (Objective::kFollowsMaximum) {
+    if (follow_maximum<NV>(weigh.top, sums, task.inputs->D)) {
+      weigh = Weigh<NV, Objective, C>(objective, sums.shift);
+      visit_products<NV>(weigh, weights, task, tile, block, false);
+    }
+  }
+  for (std::int64_t lane = 0; lane < NV * kLanes<C>; ++lane) {
+    sums.total[lane] += static_cast<double>(weigh.sum[lane / kLanes<C>][lane % kLanes<C>]);
   }
 }
 
@@ -346,18 +412,13 @@ void scan_tiles(const Objective& objective, const BankSums<C>& out, const BankTa
   Block<C> block;
   std::int64_t blocks = 0;
   for (std::int64_t begin = task.row_begin; begin < task.row_end; begin += block.size) {
-    load_block(block, scratch, task, begin);
+    load_block(block, scratch, task, begin, tile_rows(NV));
     for (std::int64_t n = 0; n < num_tiles; ++n) {
-      C* shift = out.shift + n * lanes;
-      double* total = out.total + n * lanes;
-      C* sums = scratch.sums + n * D * lanes;
-      block_logits<NV>(scratch.logits, task, task.tile_begin + n, block, n == 0);
-      if constexpr (Objective::kFollowsMaximum) {
-        follow_maximum<NV>(scratch.logits, block.size, shift, total, sums,
-                           out.weighted_rows + n * D * lanes, D);
-      }
-      block_weights<NV>(objective, scratch.logits, *task.inputs, block, shift, total);
-      add_weighted_rows<NV>(sums, scratch.logits, block, D);
+      const TileSums<C> sums{out.shift + n * lanes, out.total + n * lanes,
+                             scratch.sums + n * D * lanes, out.weighted_rows + n * D * lanes};
+      block_weights<NV>(objective, scratch.products, task, task.tile_begin + n, block, sums,
+                        n == 0);
+      add_weighted_rows<NV>(sums.run, scratch.products, block, D);
     }
     if (++blocks % kBlocksPerRun == 0)
       end_run(out.weighted_rows, scratch.sums, num_tiles * D * lanes);
@@ -365,24 +426,28 @@ void scan_tiles(const Objective& objective, const BankSums<C>& out, const BankTa
   end_run(out.weighted_rows, scratch.sums, num_tiles * D * lanes);
 }
 
-// logits <- weight * coefficient, with lse for shift: what each query adds of itself to each row's
-// gradient. 0 where lse_high is +inf: that marks lanes past B, and their logits, 0 times the row,
-// may be NaN.
+// Makes what each query adds of itself to each row's gradient: weight * coefficient, with lse for
+// shift. 0 where lse_high is +inf: that marks lanes past B, and their logits, 0 times the row, may
+// be NaN.
 template <int NV, typename Objective, typename C>
-void block_coefficients(const Objective& objective, C* logits, std::int64_t num_rows,
-                        const C* lse_high, const C* lse_low, const C* coefficient) {
-  for (std::int64_t k = 0; k < num_rows; ++k) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      C* at = logits + (k * NV + v) * kLanes<C>;
-      const Vec<C> high = load<Vec<C>>(lse_high + v * kLanes<C>);
-      const Vec<C> low = load<Vec<C>>(lse_low + v * kLanes<C>);
-      const Vec<C> weight = objective(load<Vec<C>>(at) - high, low).weight;
-      const Vec<C> product = weight * load<Vec<C>>(coefficient + v * kLanes<C>);
-      store(at, high == kInfinity<C> ? Vec<C>{} : product);
-    }
+struct Coefficients {
+  using V = Vec<C>;
+  Objective objective;
+  const C *lse_high, *lse_low, *coefficient;
+
+  V at(const C* values, int v) const { return load<V>(values + v * kLanes<C>); }
+
+  V gap(V product, V scale, int v) const {
+    const V gap = (product * scale - at(lse_high, v)) - at(lse_low, v);
+    if constexpr (!Objective::kFollowsMaximum) return gap;
+    return gap > C{0} ? V{} : gap;  // no logit exceeds lse but by rounding
   }
-}
+
+  V operator()(V gap, V bank_scale, int v) const {
+    const V product = objective(gap).weight * at(coefficient, v) * bank_scale;
+    return at(lse_high, v) == kInfinity<C> ? V{} : product;
+  }
+};
 
 // gradient (num_rows, columns) += coefficients (num_rows, lanes) x queries (lanes, columns).
 template <typename C>
@@ -412,12 +477,9 @@ void store_gradient(void* dbank, const BankContrastInputs& in, const Block<C>& b
   with_storage(in.bank_dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     for (std::int64_t k = 0; k < block.size; ++k) {
-      const std::int64_t j = block.begin + k;
-      const bool scaled = in.bank_scale != nullptr && (in.valid == nullptr || in.valid[j]);
-      const C scale = scaled ? static_cast<const C*>(in.bank_scale)[j] : C{1};
-      T* row = static_cast<T*>(dbank) + j * in.D;
+      T* row = static_cast<T*>(dbank) + (block.begin + k) * in.D;
       for (std::int64_t d = 0; d < in.D; ++d) {
-        from_compute(static_cast<Compute<T>>(gradient[k * columns + d] * scale), &row[d]);
+        from_compute(static_cast<Compute<T>>(gradient[k * columns + d]), &row[d]);
       }
     }
   });
@@ -433,22 +495,23 @@ void backward_tiles(const Objective& objective, const BankGradient<C>& out,
   fill(scratch.zero_row, in.D, C{0});
   // Register tiles run past the last row: what is read there must be numbers, though nobody reads
   // the result.
-  fill(scratch.logits, (kMaxBlockRows + kMaxTileRows) * lanes, C{0});
+  fill(scratch.products, (kMaxBlockRows + kMaxTileRows) * lanes, C{0});
   const std::int64_t size = (kMaxBlockRows + kMaxTileRows) * columns;
   constexpr std::int64_t tiles_per_run = kQueriesPerRun / lanes;
   const bool is_one_run = task.tile_end - task.tile_begin <= tiles_per_run;
   C *run = scratch.sums, *gradient = is_one_run ? run : run + size;
   Block<C> block;
   for (std::int64_t begin = task.row_begin; begin < task.row_end; begin += block.size) {
-    load_block(block, scratch, task, begin);
+    load_block(block, scratch, task, begin, tile_rows(NV));
     fill(run, size, C{0});
     if (!is_one_run) fill(gradient, size, C{0});
     for (std::int64_t tile = task.tile_begin; tile < task.tile_end; ++tile) {
-      block_logits<NV>(scratch.logits, task, tile, block, tile == task.tile_begin);
-      block_coefficients<NV>(objective, scratch.logits, block.size, out.lse_high + tile * lanes,
-                             out.lse_low + tile * lanes, out.coefficient + tile * lanes);
-      add_queries(run, columns, scratch.logits, block.size, out.row_query + tile * lanes * columns,
-                  lanes);
+      Coefficients<NV, Objective, C> use{objective, out.lse_high + tile * lanes,
+                                         out.lse_low + tile * lanes,
+                                         out.coefficient + tile * lanes};
+      visit_products<NV>(use, scratch.products, task, tile, block, tile == task.tile_begin);
+      add_queries(run, columns, scratch.products, block.size,
+                  out.row_query + tile * lanes * columns, lanes);
       const bool ends =
           tile + 1 == task.tile_end || (tile + 1 - task.tile_begin) % tiles_per_run == 0;
       if (!is_one_run && ends) end_run(gradient, run, size);

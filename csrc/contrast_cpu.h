@@ -89,13 +89,14 @@ QuerySums add_ranges(double* weighted_row, const PartialSums<C>& sums, const Til
                      std::int64_t D, std::int64_t row_ranges, std::int64_t i) {
   double shift = -std::numeric_limits<double>::infinity();
   for (std::int64_t range = 0; range < row_ranges; ++range) {
-    shift = std::max(shift, static_cast<double>(sums.shift[range * tiling.size() + i]));
+    const std::int64_t at = range * tiling.size() + i;
+    if (sums.total[at] != 0) shift = std::max(shift, static_cast<double>(sums.shift[at]));
   }
   std::fill_n(weighted_row, D, 0.0);
   double total = 0;
   for (std::int64_t range = 0; range < row_ranges; ++range) {
     const std::int64_t at = range * tiling.size() + i;
-    if (sums.shift[at] == -std::numeric_limits<C>::infinity() && sums.total[at] == 0) continue;
+    if (sums.total[at] == 0) continue;  // its shift means nothing
     const double factor =
         std::isinf(shift) ? 1.0 : std::exp(static_cast<double>(sums.shift[at]) - shift);
     const C* rows =

@@ -150,7 +150,7 @@ template <typename Objective, typename C>
 C chunk_weights(const Objective& objective, C* weights, const Chunk<C>& chunk, C shift) {
   Vec<C> sum{};
   for (std::int64_t n = 0; n < kChunk; n += kLanes<C>) {
-    const auto [term, weight] = objective(load<Vec<C>>(chunk.logits + n), splat(shift));
+    const auto [term, weight] = objective(load<Vec<C>>(chunk.logits + n) - shift);
     sum += term;
     store(weights + n, weight * load<Vec<C>>(chunk.scale + n));
   }

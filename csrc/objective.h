@@ -1,6 +1,7 @@
 // The objectives as the kernels see them: what a negative with logit s adds to its query's sum, and
-// the weight of its row in the gradients. A kernel takes one of them as a compile-time argument.
-// Include only from files that are compiled once per instruction set.
+// the weight of its row in the gradients, both functions of the gap s - shift. A kernel takes one
+// of them as a compile-time argument. Include only from files that are compiled once per
+// instruction set.
 #pragma once
 
 #include <cmath>
@@ -22,8 +23,8 @@ template <typename C>
 struct InfoNce {
   static constexpr bool kFollowsMaximum = true;
 
-  Terms<C> operator()(Vec<C> logit, Vec<C> shift) const {
-    const Vec<C> weight = exp(logit - shift);
+  Terms<C> operator()(Vec<C> gap) const {
+    const Vec<C> weight = exp(gap);
     return {weight, weight};
   }
 };
@@ -39,11 +40,11 @@ struct Nce {
   explicit Nce(const BankContrastInputs& in)
       : eps_term(static_cast<C>(std::log1p(kNceEps / in.noise_ratio))) {}
 
-  Terms<C> operator()(Vec<C> logit, Vec<C> shift) const {
+  Terms<C> operator()(Vec<C> gap) const {
     using V = Vec<C>;
-    const V gap = logit - shift, e = exp(gap > C{0} ? -gap : gap);
+    const V e = exp(gap > C{0} ? -gap : gap);
     const V linear = gap > C{0} ? gap : V{};
-    const V extra = logit > -std::numeric_limits<C>::infinity() ? splat(eps_term) : V{};
+    const V extra = gap > -std::numeric_limits<C>::infinity() ? splat(eps_term) : V{};
     return {linear + (log1p<C>(e) + extra), (gap > C{0} ? splat(C{1}) : e) / (e + C{1})};
   }
 };

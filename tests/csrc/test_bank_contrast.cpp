@@ -289,7 +289,7 @@ std::vector<Isa> isas() {
 template <typename C, typename T>
 void check_objective(const Case<C, T>& some, const std::vector<int>& thread_counts) {
   const Expected expected = definition(some);
-  const double relative = 4 * epsilon<C> * (1 + expected.largest_logit);
+  const double relative = 6 * epsilon<C> * (1 + expected.largest_logit);
   const double tiny = 0x1p-100;
   for (const Isa isa : isas()) {
     for (const int num_threads : thread_counts) {
