@@ -36,21 +36,32 @@ const BankKernels<C>& kernels(Isa isa) {
     return baseline::kBankKernelsDouble;
 }
 
+// Few lanes without a query count most; of the same number of vectors, wide tiles are the faster.
 template <typename C>
 Tiling tile(const BankKernels<C>& kernel, std::int64_t B) {
-  std::int64_t vectors = 1;
-  while (vectors < kernel.max_tile_vectors && vectors * kernel.vector_lanes < B) vectors *= 2;
-  const std::int64_t lanes = vectors * kernel.vector_lanes;
-  return {lanes, (B + lanes - 1) / lanes};
+  Tiling best{};
+  for (std::int64_t vectors = kernel.max_tile_vectors; vectors >= 1; --vectors) {
+    const std::int64_t lanes = vectors * kernel.vector_lanes, tiles = ceil_div(B, lanes);
+    if (best.tiles == 0 || lanes * tiles < best.size()) best = {lanes, tiles};
+  }
+  return best;
 }
 
 template <typename C>
 Buffer<C> pack_queries(const C* query, std::int64_t B, std::int64_t D, const Tiling& tiling) {
   Buffer<C> packed = allocate<C>(tiling.size() * D);
   if (packed == nullptr) return packed;
-  for (std::int64_t i = 0; i < tiling.size(); ++i) {
-    C* column = packed.get() + i / tiling.lanes * D * tiling.lanes + i % tiling.lanes;
-    for (std::int64_t d = 0; d < D; ++d) column[d * tiling.lanes] = i < B ? query[i * D + d] : C{0};
+  constexpr std::int64_t kColumns = 16;  // a cache line of each query at a time
+  for (std::int64_t first = 0; first < tiling.size(); first += tiling.lanes) {
+    C* tile = packed.get() + first * D;
+    for (std::int64_t begin = 0; begin < D; begin += kColumns) {
+      const std::int64_t end = std::min(begin + kColumns, D);
+      for (std::int64_t lane = 0; lane < tiling.lanes; ++lane) {
+        const std::int64_t i = first + lane;
+        for (std::int64_t d = begin; d < end; ++d)
+          tile[d * tiling.lanes + lane] = i < B ? query[i * D + d] : C{0};
+      }
+    }
   }
   return packed;
 }
@@ -63,11 +74,8 @@ void bound_shifts(const PartialSums<C>& sums, const BankContrastInputs& in, std:
   constexpr double kUseful = 1e4;
   const C* query = static_cast<const C*>(in.query);
   for (std::int64_t i = 0; i < tiling.size(); ++i) {
-    double square = 0;
-    for (std::int64_t d = 0; i < in.B && d < in.D; ++d) {
-      square += static_cast<double>(query[i * in.D + d]) * query[i * in.D + d];
-    }
-    const double bound = std::sqrt(square) * in.inv_temperature;
+    const C* q = query + i * in.D;
+    const double bound = i < in.B ? std::sqrt(dot(q, q, in.D)) * in.inv_temperature : 0;
     for (std::int64_t range = 0; range < row_ranges; ++range) {
       sums.shift[range * tiling.size() + i] = bound < kUseful ? static_cast<C>(bound) : C{0};
     }
@@ -127,10 +135,12 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
                    scratch.get() + n * scratch_size});
     }
   });
-  executor.parallel_for(executor.num_threads, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t thread = begin; thread < end; ++thread) {
-      double* weighted_row = weighted_rows.get() + thread * in.D;
-      const Range queries = share(in.B, executor.num_threads, thread);
+  constexpr std::int64_t kWorthThreads = 1 << 14;  // elements; fewer are done before one starts
+  const std::int64_t finishers = in.B * in.D < kWorthThreads ? 1 : executor.num_threads;
+  executor.parallel_for(finishers, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t n = begin; n < end; ++n) {
+      double* weighted_row = weighted_rows.get() + n * in.D;
+      const Range queries = share(in.B, finishers, n);
       for (std::int64_t i = queries.begin; i < queries.end; ++i) {
         const QuerySums total = add_ranges(weighted_row, sums, tiling, in.D, grid.row_ranges, i);
         finish_query(outputs, query + i * in.D, positive + i * in.D, weighted_row, total, i, in);

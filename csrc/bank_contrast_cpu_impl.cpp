@@ -7,6 +7,7 @@
 #include "bank_contrast_cpu_impl.h"
 
 #include <limits>
+#include <type_traits>
 
 #include "objective.h"
 #include "simd/vec.h"
@@ -20,7 +21,7 @@ namespace {
 // of 16 elsewhere.
 #if defined(__AVX512F__)
 constexpr int kMaxTileVectors = 4;
-constexpr int tile_rows(int NV) { return NV == 4 ? 6 : 14; }
+constexpr int tile_rows(int NV) { return NV == 4 ? 6 : NV == 3 ? 9 : 14; }
 #else
 constexpr int kMaxTileVectors = 2;
 constexpr int tile_rows(int NV) { return NV == 2 ? 6 : 12; }
@@ -520,21 +521,26 @@ void backward_tiles(const Objective& objective, const BankGradient<C>& out,
   }
 }
 
+// Calls run with the number of vectors in a tile, as a compile-time number.
+template <typename C, int NV = kMaxTileVectors, typename Run>
+void with_vectors(std::int64_t lanes, const Run& run) {
+  if constexpr (NV > 1) {
+    if (lanes != NV * kLanes<C>) return with_vectors<C, NV - 1>(lanes, run);
+  }
+  run(std::integral_constant<int, NV>());
+}
+
 template <typename C>
 void scan(const BankSums<C>& out, const BankTask<C>& task) {
   with_objective<C>(*task.inputs, [&](const auto& objective) {
-    if (task.lanes == kLanes<C>) return scan_tiles<1>(objective, out, task);
-    if (task.lanes == 2 * kLanes<C>) return scan_tiles<2>(objective, out, task);
-    scan_tiles<kMaxTileVectors>(objective, out, task);
+    with_vectors<C>(task.lanes, [&](auto NV) { scan_tiles<NV>(objective, out, task); });
   });
 }
 
 template <typename C>
 void backward(const BankGradient<C>& out, const BankTask<C>& task) {
   with_objective<C>(*task.inputs, [&](const auto& objective) {
-    if (task.lanes == kLanes<C>) return backward_tiles<1>(objective, out, task);
-    if (task.lanes == 2 * kLanes<C>) return backward_tiles<2>(objective, out, task);
-    backward_tiles<kMaxTileVectors>(objective, out, task);
+    with_vectors<C>(task.lanes, [&](auto NV) { backward_tiles<NV>(objective, out, task); });
   });
 }
 

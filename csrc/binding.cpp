@@ -3,12 +3,15 @@
 // from 2.11 on. Python (codir_fast/ops) registers fake and autograd implementations and words the
 // errors that users meet; checked here is what memory safety asks for, because operators can also
 // be called directly.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -55,13 +58,17 @@ void check_status(Status status, const char* op) {
   STD_TORCH_CHECK(status == Status::kOk, op, ": combination of dtypes is not supported");
 }
 
-void check_size(const Tensor& tensor, const char* name, std::vector<std::int64_t> size) {
+void check_size(const Tensor& tensor, const char* name, std::initializer_list<std::int64_t> size) {
   bool same = tensor.dim() == static_cast<std::int64_t>(size.size());
-  for (std::size_t n = 0; same && n < size.size(); ++n) same = tensor.size(n) == size[n];
-  std::string expected, got;
-  for (const std::int64_t n : size) expected += std::to_string(n) + ", ";
-  for (std::int64_t n = 0; n < tensor.dim(); ++n) got += std::to_string(tensor.size(n)) + ", ";
-  STD_TORCH_CHECK(same, "`", name, "` must have shape (", expected, "), got (", got, ")");
+  for (std::size_t n = 0; same && n < size.size(); ++n) {
+    same = tensor.size(static_cast<std::int64_t>(n)) == size.begin()[n];
+  }
+  if (!same) {
+    std::string expected, got;
+    for (const std::int64_t n : size) expected += std::to_string(n) + ", ";
+    for (std::int64_t n = 0; n < tensor.dim(); ++n) got += std::to_string(tensor.size(n)) + ", ";
+    STD_TORCH_CHECK(false, "`", name, "` must have shape (", expected, "), got (", got, ")");
+  }
   STD_TORCH_CHECK(tensor.is_cpu(), "`", name, "` must be on the CPU");
 }
 
@@ -69,8 +76,29 @@ void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype, const
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "`", name, "` must be ", dtype_name);
 }
 
-Tensor new_tensor(const Tensor& like, std::vector<std::int64_t> size) {
-  return torch::stable::new_empty(like, size);
+// Uninitialised, on the CPU. Not through the dispatcher: small losses make five of them per call.
+Tensor new_tensor(std::int32_t dtype, std::initializer_list<std::int64_t> size) {
+  constexpr std::size_t kMaxDims = 4;
+  std::int64_t strides[kMaxDims], stride = 1;
+  for (std::size_t n = size.size(); n-- > 0;) {
+    strides[n] = stride;
+    stride *= std::max<std::int64_t>(size.begin()[n], 1);
+  }
+  AtenTensorHandle tensor;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(size.size()),
+                                                  size.begin(), strides, dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
+}
+
+Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> size) {
+  std::int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return new_tensor(dtype, size);
+}
+
+Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 PoolMode pool_mode(const std::string& name) {
@@ -106,7 +134,7 @@ RealTokenLists real_tokens(const OptionalTensor& attention_mask, std::int64_t B,
     return lists;
   }
   check_size(*attention_mask, "attention_mask", {B, num_tokens});
-  const Tensor mask = torch::stable::contiguous(*attention_mask);
+  const Tensor mask = dense(*attention_mask);
   if (mask.scalar_type() == ScalarType::Bool) {
     append_real_tokens(lists, mask.const_data_ptr<bool>(), B, num_tokens);
   } else {
@@ -133,17 +161,16 @@ std::tuple<Tensor, Tensor> masked_pool(const std::vector<Tensor>& hidden_states,
     check_size(layer, "hidden_states", {B, num_tokens, H});
     STD_TORCH_CHECK(layer.scalar_type() == first.scalar_type(),
                     "`hidden_states` must share one dtype");
-    owners.push_back(layer.stride(2) == 1 ? layer : torch::stable::contiguous(layer));
+    owners.push_back(layer.stride(2) == 1 ? layer : dense(layer));
     layers.push_back(
         {owners.back().const_data_ptr(), owners.back().stride(0), owners.back().stride(1)});
   }
 
   const RealTokenLists real = real_tokens(attention_mask, B, num_tokens);
   Tensor pooled = new_tensor(first, {B, L * H});
-  Tensor argmax = torch::stable::new_empty(
-      first,
-      mode == PoolMode::kMax ? std::vector<std::int64_t>{B, L * H} : std::vector<std::int64_t>{0},
-      ScalarType::Long);
+  const std::int32_t int64 = aoti_torch_dtype_int64();
+  Tensor argmax =
+      mode == PoolMode::kMax ? new_tensor(int64, {B, L * H}) : new_tensor(int64, {std::int64_t{0}});
   check_status(masked_pool_cpu(pooled.mutable_data_ptr(), argmax.mutable_data_ptr<std::int64_t>(),
                                layers.data(), real.view(), L, B, H, dtype, mode, torch_executor()),
                "masked_pool");
@@ -161,12 +188,12 @@ Tensor masked_pool_backward(const Tensor& grad_view, const OptionalTensor& atten
                   "`grad` must have shape (B, num_layers * H)");
   const std::int64_t B = grad_view.size(0), H = grad_view.size(1) / num_layers;
   check_size(grad_view, "grad", {B, num_layers * H});
-  const Tensor grad = torch::stable::contiguous(grad_view);
+  const Tensor grad = dense(grad_view);
   Tensor argmax = argmax_view;
   if (mode == PoolMode::kMax) {
     check_size(argmax, "argmax", {B, num_layers * H});
     check_dtype(argmax, "argmax", ScalarType::Long, "int64");
-    argmax = torch::stable::contiguous(argmax);
+    argmax = dense(argmax);
     const std::int64_t* token = argmax.const_data_ptr<std::int64_t>();
     for (std::int64_t n = 0; n < argmax.numel(); ++n) {
       STD_TORCH_CHECK(token[n] >= -1 && token[n] < num_tokens,
@@ -195,7 +222,7 @@ OptionalTensor vector_argument(const OptionalTensor& tensor, const char* name, s
   if (!tensor) return std::nullopt;
   check_size(*tensor, name, {size});
   check_dtype(*tensor, name, dtype, dtype_name);
-  return torch::stable::contiguous(*tensor);
+  return dense(*tensor);
 }
 
 template <typename Element>
@@ -230,8 +257,8 @@ BankContrastArguments bank_contrast_arguments(
                   "`query` must be float32 or float64");
 
   BankContrastArguments arguments{
-      torch::stable::contiguous(query),
-      torch::stable::contiguous(bank),
+      dense(query),
+      dense(bank),
       inv_temperature,
       vector_argument(bank_scale, "bank_scale", K, dtype, "of query's dtype"),
       vector_argument(labels, "labels", B, ScalarType::Long, "int64"),
@@ -270,9 +297,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrast(const char* op, cons
   const std::int64_t B = view.B, D = view.D;
   check_size(positive_view, "positive", {B, D});
   check_dtype(positive_view, "positive", query.scalar_type(), "of query's dtype");
-  const Tensor positive = torch::stable::contiguous(positive_view);
+  const Tensor positive = dense(positive_view);
   Tensor loss = new_tensor(query, {B});
-  Tensor lse = torch::stable::new_empty(query, {B}, ScalarType::Double);
+  Tensor lse = new_tensor(aoti_torch_dtype_float64(), {B});
   Tensor dquery = new_tensor(query, {B, D}), dpositive = new_tensor(query, {B, D});
   Tensor dinv_temperature = new_tensor(query, {B});
   check_status(
@@ -345,7 +372,7 @@ IndexedContrastArguments indexed_contrast_arguments(
   IndexedContrastArguments arguments{
       bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
                               exclude_index, valid, log_partition, num_noise, num_data),
-      torch::stable::contiguous(index_view),
+      dense(index_view),
       {}};
   const BankContrastInputs& view = arguments.bank.view;
   const Tensor& index = arguments.index;
@@ -411,8 +438,8 @@ void bank_update(Tensor bank, const Tensor& index_view, const Tensor& keys_view,
     check_dtype(*filled, "filled", ScalarType::Bool, "bool");
     STD_TORCH_CHECK(filled->is_contiguous(), "`filled` must be contiguous");
   }
-  const Tensor index = torch::stable::contiguous(index_view),
-               keys = torch::stable::contiguous(keys_view);
+  const Tensor index = dense(index_view),
+               keys = dense(keys_view);
   const std::int64_t* row = index.const_data_ptr<std::int64_t>();
   for (std::int64_t n = 0; n < N; ++n) {
     STD_TORCH_CHECK(row[n] >= 0 && row[n] < K, "`index` must be in [0, ", K, "), got ", row[n]);

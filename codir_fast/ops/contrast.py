@@ -212,7 +212,7 @@ def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
     registration.register_fake(forward, _fake)
     registration.register_fake(backward, _fake_backward)
     registration.register_autograd(forward, setup_context, differentiate)
-    return registration.transformable(forward, setup_context, differentiate)
+    return registration.differentiable(forward, setup_context, differentiate)
 
 
 def _fake(query: Tensor, *_: Any, **__: Any) -> Outputs:
