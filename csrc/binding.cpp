@@ -86,8 +86,8 @@ Tensor new_tensor(std::int32_t dtype, std::initializer_list<std::int64_t> size) 
   }
   AtenTensorHandle tensor;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(size.size()),
-                                                  size.begin(), strides, dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &tensor));
+                                                         size.begin(), strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &tensor));
   return Tensor(tensor);
 }
 
@@ -438,8 +438,7 @@ void bank_update(Tensor bank, const Tensor& index_view, const Tensor& keys_view,
     check_dtype(*filled, "filled", ScalarType::Bool, "bool");
     STD_TORCH_CHECK(filled->is_contiguous(), "`filled` must be contiguous");
   }
-  const Tensor index = dense(index_view),
-               keys = dense(keys_view);
+  const Tensor index = dense(index_view), keys = dense(keys_view);
   const std::int64_t* row = index.const_data_ptr<std::int64_t>();
   for (std::int64_t n = 0; n < N; ++n) {
     STD_TORCH_CHECK(row[n] >= 0 && row[n] < K, "`index` must be in [0, ", K, "), got ", row[n]);
