@@ -136,7 +136,8 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
     }
   });
   constexpr std::int64_t kWorthThreads = 1 << 14;  // elements; fewer are done before one starts
-  const std::int64_t finishers = in.B * in.D < kWorthThreads ? 1 : executor.num_threads;
+  const std::int64_t elements = in.B * in.D * grid.row_ranges;
+  const std::int64_t finishers = elements < kWorthThreads ? 1 : executor.num_threads;
   executor.parallel_for(finishers, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t n = begin; n < end; ++n) {
       double* weighted_row = weighted_rows.get() + n * in.D;

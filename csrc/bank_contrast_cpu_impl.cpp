@@ -2,8 +2,8 @@
 // The bank is cut into blocks of rows that stay in cache; per block and tile of queries: S^T =
 // block x queries as it lies (broadcast bank elements x query vectors), masks, weights P^T of the
 // objective (e^(S^T - shift) for InfoNCE), then O^T += block^T x P^T. Never materialised: logits
-// beyond one block x tile. Sums are hierarchical (block, run of blocks, total), so that neither l
-// nor O stagnates on a bank whose rows are alike; so are those of the bank's gradient over tiles.
+// beyond one block x tile. Sums are hierarchical (l: group of rows, block, total; O: block, run of
+// blocks, total; the bank's gradient: over tiles), so that none stagnates on rows that are alike.
 #include "bank_contrast_cpu_impl.h"
 
 #include <limits>
@@ -277,6 +277,7 @@ void visit_products(Use& use, C* products, const BankTask<C>& task, std::int64_t
       } else {
         visit<NV, false>(use, products, block, mask, k, k + MR);
       }
+      use.end_group();
     }
   }
 }
@@ -287,13 +288,13 @@ template <int NV, typename Objective, typename C>
 struct Weigh {
   using V = Vec<C>;
   Objective objective;
-  V shift[NV], sum[NV], top[NV];
+  V shift[NV], group[NV], sum[NV], top[NV];
 
   Weigh(const Objective& objective, const C* shifts) : objective(objective) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       shift[v] = load<V>(shifts + v * kLanes<C>);
-      sum[v] = V{};
+      group[v] = sum[v] = V{};
       top[v] = splat(-kInfinity<C>);
     }
   }
@@ -306,8 +307,16 @@ struct Weigh {
       gap = gap > C{2 * kSlack} ? splat(C{2 * kSlack}) : gap;
     }
     const auto [term, weight] = objective(gap);
-    sum[v] += term;
+    group[v] += term;
     return weight * bank_scale;
+  }
+
+  void end_group() {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      sum[v] += group[v];
+      group[v] = V{};
+    }
   }
 };
 
@@ -448,6 +457,8 @@ struct Coefficients {
     const V product = objective(gap).weight * at(coefficient, v) * bank_scale;
     return at(lse_high, v) == kInfinity<C> ? V{} : product;
   }
+
+  void end_group() const {}
 };
 
 // gradient (num_rows, columns) += coefficients (num_rows, lanes) x queries (lanes, columns).

@@ -129,9 +129,13 @@ def make_call(case: Case) -> Call:
 def make_negatives(
     case: Case, choose: random.Random, length: float, query: Tensor, dtype: torch.dtype
 ) -> Tensor | MemoryQueue | IndexedBank:
-    """Rows near a query here and there, the rest random."""
+    """Rows near a query here and there, the rest random, or in 64 clusters."""
     shape = (case.B, case.K, case.D) if case.form == "own" else (case.K, case.D)
-    rows = torch.randn(shape, dtype=query.dtype).mul_(length / case.D**0.5)
+    rows = torch.randn(shape, dtype=query.dtype)
+    if choose.random() < 0.3:
+        centres = torch.randn(64, case.D, dtype=query.dtype)
+        rows = centres[torch.arange(case.K) % 64] + 0.02 * rows
+    rows = rows.mul_(length / case.D**0.5)
     if case.K:
         near = query if case.form == "own" else query[: case.K]
         at = torch.randint(case.K, near.shape[:1])
