@@ -77,12 +77,13 @@ class CMakeBuild(build_ext):
 setup(
     packages=[
         "codir_fast",
+        "codir_fast.benchmarks",
         "codir_fast.compat",
         "codir_fast.distillation",
         "codir_fast.ops",
         "codir_fast.kernels",
     ],
-    package_dir={"codir_fast.kernels": "kernels"},
+    package_dir={"codir_fast.kernels": "kernels", "codir_fast.benchmarks": "benchmarks"},
     package_data={"codir_fast": ["py.typed"]},
     ext_modules=[Extension("codir_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

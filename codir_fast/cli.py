@@ -13,9 +13,17 @@ COMMANDS = {
     "finetune": ("codir_fast.distillation.finetune", "fine-tune an encoder into a teacher"),
     "distill": ("codir_fast.distillation.distill", "distil a teacher into a smaller student"),
     "evaluate": ("codir_fast.distillation.evaluate", "accuracy and speed of a model, as JSON"),
+    "bench": ("codir_fast.benchmarks.run", "speed and memory of the kernels beside their peers"),
     "doctor": ("codir_fast.doctor", "versions, backends, and what to do about what is missing"),
 }
-TRAIN_PACKAGES = ("transformers", "datasets", "accelerate", "safetensors")
+# Start of a module's name -> (packages it needs, extra that brings them).
+NEEDS = {
+    "codir_fast.distillation": (
+        ("transformers", "datasets", "accelerate", "safetensors"),
+        "train",
+    ),
+    "codir_fast.benchmarks": (("matplotlib", "tqdm"), "bench"),
+}
 
 USAGE = "\n".join(
     [
@@ -49,11 +57,11 @@ def _run(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UsageError(f"COMMAND must be one of {', '.join(COMMANDS)}, got {command!r}")
     module = COMMANDS[command][0]
-    if module.startswith("codir_fast.distillation"):
-        missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
-        if missing:
+    for start, (packages, extra) in NEEDS.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if module.startswith(start) and missing:
             raise UsageError(
-                f"{command} needs {', '.join(missing)}; pip install 'codir-fast[train]'"
+                f"{command} needs {', '.join(missing)}; pip install 'codir-fast[{extra}]'"
             )
     return importlib.import_module(module).run(arguments)
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from codir_fast.checks import (
@@ -20,7 +19,6 @@ from codir_fast.checks import (
     check_tensor,
 )
 from codir_fast.negatives import (
-    EPS,
     ChosenNegatives,
     Negatives,
     check_input_dtype,
@@ -28,6 +26,7 @@ from codir_fast.negatives import (
 )
 from codir_fast.ops.bank_contrast import bank_contrast
 from codir_fast.ops.indexed_contrast import indexed_contrast
+from codir_fast.unit_rows import unit_rows
 
 OBJECTIVES = ("infonce", "nce")
 REDUCTIONS = ("none", "mean", "sum")
@@ -267,7 +266,7 @@ def _prepare_pair(query: Tensor, positive_key: Tensor, normalize: bool) -> tuple
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, p = query.to(compute), positive_key.to(compute)
     if normalize:
-        q, p = F.normalize(q, dim=1, eps=EPS), F.normalize(p, dim=1, eps=EPS)
+        q, p = unit_rows(q), unit_rows(p)
     return q.contiguous(), p.contiguous()
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from codir_fast.checks import (
@@ -17,9 +16,9 @@ from codir_fast.checks import (
     check_tensor,
 )
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
+from codir_fast.unit_rows import EPS, unit_rows
 
 Negatives: TypeAlias = Tensor | MemoryQueue | IndexedBank | None
-EPS = 1e-12  # of F.normalize
 _WIDENED = 1 << 18  # elements, 1 MiB in float32
 
 
@@ -104,7 +103,7 @@ def _explicit(rows: Tensor, wide: torch.dtype, normalize: bool) -> tuple[Tensor,
     if not normalize:
         return rows.contiguous(), None
     if rows.requires_grad and torch.is_grad_enabled():
-        return F.normalize(rows.to(wide), dim=1, eps=EPS).contiguous(), None
+        return unit_rows(rows.to(wide)).contiguous(), None
     # Without gradient the kernel scales the rows as it reads them, and no normalised copy is made.
     return rows.contiguous(), _inverse_norm(rows.detach(), wide)
 

@@ -184,7 +184,7 @@ std::int64_t scratch_size(std::int64_t lanes, std::int64_t D, std::int64_t num_t
   const std::int64_t forward = num_tiles * D * lanes,
                      backward = 2 * (kMaxBlockRows + kMaxTileRows) * padded_dim<C>(D);
   return (kMaxBlockRows + kMaxTileRows) * lanes + (kMaxBlockRows + 1) * padded_dim<C>(D) +
-         (forward > backward ? forward : backward);
+         (num_tiles > 0 ? forward : backward);
 }
 
 template <typename C>

@@ -53,7 +53,8 @@ def test_light_commands_load_no_transformers(arguments):
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
-    monkeypatch.setattr("codir_fast.cli.TRAIN_PACKAGES", ("transformers", "no_such_package"))
+    needs = {"codir_fast.distillation": (("transformers", "no_such_package"), "train")}
+    monkeypatch.setattr("codir_fast.cli.NEEDS", needs)
     assert main(["distill"]) == 2
     error = capsys.readouterr().err
     assert "no_such_package" in error and "pip install 'codir-fast[train]'" in error

@@ -1,0 +1,166 @@
+"""Times of several functions in one interleaved run, beside the machine's ceilings in that run, and
+the memory that they take."""
+
+import ctypes
+import gc
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codir_fast import _C, __version__
+
+_MIN_ROUNDS, _MAX_ROUNDS = 3, 200
+_TURN = 0.02  # seconds that a function's turn in a round lasts at least
+_SIDE = 2048  # of the matrices of the sgemm ceiling
+_COPY_BYTES = 1 << 28
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a call."""
+
+    median: float
+    lowest: float
+    highest: float
+    rounds: int
+
+
+def seconds(run: Callable[[], Any], number: int = 1) -> float:
+    """A call takes, by so many in a row."""
+    start = time.perf_counter()
+    for _ in range(number):
+        run()
+    return (time.perf_counter() - start) / number
+
+
+def interleaved(
+    runs: Sequence[Callable[[], Any]],
+    budget: float,
+) -> list[Times]:
+    """Each function once a round (a short one several times in a row), after a round that does not
+    count, until the budget (seconds) is spent: what slows the machine down meanwhile hits all
+    alike. The order changes from round to round, since each finds the caches as the one before left
+    them.
+    """
+    for run in runs:
+        run()
+    numbers = [max(1, round(_TURN / max(seconds(run), 1e-6))) for run in runs]
+    taken: list[list[float]] = [[] for _ in runs]
+    order, shuffle = list(range(len(runs))), random.Random(0).shuffle
+    end = time.perf_counter() + budget
+    rounds = 0
+    while rounds < _MIN_ROUNDS or (time.perf_counter() < end and rounds < _MAX_ROUNDS):
+        shuffle(order)
+        for n in order:
+            taken[n].append(seconds(runs[n], numbers[n]))
+        rounds += 1
+    return [Times(statistics.median(times), min(times), max(times), len(times)) for times in taken]
+
+
+def fastest(runs: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """The function whose best of three calls is the shortest."""
+    for run in runs:
+        run()
+    best = [min(seconds(run) for _ in range(3)) for run in runs]
+    return runs[best.index(min(best))]
+
+
+def ceilings() -> tuple[list[Callable[[], Any]], Callable[[Sequence[Times]], dict[str, float]]]:
+    """Functions to time beside the others, and what their times say: FLOP/s of a float32 product of
+    2048 x 2048 matrices, bytes/s (read and written) of a copy of 256 MiB.
+    """
+    a, b, out = (torch.randn(_SIDE, _SIDE) for _ in range(3))
+    source, target = (torch.zeros(_COPY_BYTES // 4) for _ in range(2))
+
+    def read(times: Sequence[Times]) -> dict[str, float]:
+        product, copy = times
+        return {
+            "sgemm_flops": 2 * _SIDE**3 / product.median,
+            "copy_bytes_per_second": 2 * _COPY_BYTES / copy.median,
+        }
+
+    return [lambda: torch.mm(a, b, out=out), lambda: target.copy_(source)], read
+
+
+def peak_memory(run: Callable[[], Any]) -> int | None:
+    """Bytes that a call needs beyond what is held before it; None where the system does not tell
+    (it does on Linux). The least of three calls.
+    """
+    if not _CLEAR.exists() or not os.access(_CLEAR, os.W_OK):
+        return None
+    run()
+    return min(_peak_above(run) for _ in range(3))
+
+
+def _peak_above(run: Callable[[], Any]) -> int:
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # what glibc keeps of earlier calls would not be seen to be taken again
+        trim(0)
+    _CLEAR.write_text("5")  # the peak starts over at what is held now
+    start = _status("VmRSS")
+    kept = run()
+    peak = _status("VmHWM")
+    del kept
+    return max(peak - start, 0)
+
+
+def _status(key: str) -> int:
+    lines = _STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
+
+
+def available_memory() -> int:
+    """Bytes that this machine can still give."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def stamp() -> dict[str, Any]:
+    """What the figures belong to."""
+    return {
+        "date": date.today().isoformat(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _C.cpu_isa(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "codir_fast": __version__,
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    named = {key.strip(): value.strip() for key, value in fields.items()}
+    name = named.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in named:  # virtual machines often hide the name
+        name += f" (family {named['cpu family']}, model {named['model']})"
+    return name
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file is in, if it is in one."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

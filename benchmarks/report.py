@@ -1,0 +1,121 @@
+"""The results of a benchmark as a table, as JSON and as pictures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+OURS = "codir_fast"
+# Okabe and Ito's colours, told apart by colour-blind readers too; grey for the others.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
+_LINES = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+
+Row = dict[str, Any]
+
+
+def as_table(rows: Sequence[Row], ceilings: dict[str, float]) -> str:
+    """Markdown, one table a shape."""
+    parts = [
+        f"Ceilings in the same run: sgemm {ceilings['sgemm_flops'] / 1e9:.0f} GFLOP/s, "
+        f"copy {ceilings['copy_bytes_per_second'] / 1e9:.1f} GB/s."
+    ]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        own = [row for row in rows if row["shape"] == shape]
+        sizes = ", ".join(f"{letter}={size}" for letter, size in own[0]["sizes"].items())
+        unit = "GFLOP/s" if "gflops" in own[0] else "GB/s"
+        parts += [
+            "",
+            f"### {shape}: {own[0]['operator']}, {sizes}",
+            "",
+            f"| peer | ms | times {OURS} | {unit} | of ceiling | extra memory (MiB) | error |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        parts += [_line(row) for row in own]
+    return "\n".join(parts)
+
+
+def _line(row: Row) -> str:
+    if "refused" in row:
+        return f"| {row['peer']} | {row['refused']} | | | | | |"
+    memory = "?" if row["extra_memory"] is None else f"{row['extra_memory'] / 2**20:.1f}"
+    error = "not the loss" if row["error"] is None else f"{row['error']:.1e}"
+    rate = row["gflops"] if "gflops" in row else row["gigabytes_per_second"]
+    return (
+        f"| {row['peer']} | {row['median'] * 1e3:.3g} | {row['ratio']:.2f} | {rate:.3g} | "
+        f"{row['share_of_ceiling']:.0%} | {memory} | {error} |"
+    )
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def plot_shapes(rows: Sequence[Row], stamp: str, path: Path) -> None:
+    """One panel a shape, one bar a peer: time relative to ours."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    columns = min(len(shapes), 3)
+    lines = -(-len(shapes) // columns)
+    figure, axes = _figure(lines, columns, width=4.6, height=3.0)
+    for axis in axes.flat[len(shapes) :]:
+        axis.axis("off")
+    for axis, shape in zip(axes.flat, shapes, strict=False):
+        own = [row for row in rows if row["shape"] == shape and "refused" not in row]
+        own.sort(key=lambda row: -row["median"])
+        names = [row["peer"] for row in own]
+        ratios = [row["ratio"] for row in own]
+        colours = [_BLUE if row["peer"].startswith(OURS) else _GREY for row in own]
+        axis.barh(names, ratios, color=colours)
+        for name, row in zip(names, own, strict=True):
+            label = f" {row['median'] * 1e3:.3g} ms ({row['ratio']:.2g}x)"
+            axis.text(row["ratio"], name, label, va="center", fontsize=7)
+        axis.set_xlim(0, max(ratios) * 1.45)
+        sizes = ", ".join(str(size) for size in own[0]["sizes"].values())
+        axis.set_title(f"{shape} ({sizes})", fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel(f"time, relative to {OURS}", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, stamp, path)
+
+
+def plot_sweep(points: Sequence[Row], letter: str, stamp: str, path: Path) -> None:
+    """Time and peak extra memory over one size, both logarithmic, a line a peer."""
+    panels = [("median", "time (ms)", 1e3), ("extra_memory", "peak extra memory (MiB)", 2**-20)]
+    figure, axes = _figure(1, 2, width=5.4, height=3.8)
+    names = list(dict.fromkeys(point["peer"] for point in points))
+    others = iter(_LINES * len(names))
+    colours = {name: _BLUE if name == OURS else next(others) for name in names}
+    for axis, (key, label, factor) in zip(axes.flat, panels, strict=True):
+        for name in names:
+            own = [p for p in points if p["peer"] == name and p.get(key) is not None]
+            own = [p for p in own if p[key] > 0]
+            if not own:
+                continue
+            xs, ys = [p["sizes"][letter] for p in own], [p[key] * factor for p in own]
+            width = 2.2 if name == OURS else 1.3
+            axis.plot(xs, ys, "o-", color=colours[name], lw=width, ms=3, label=name)
+        axis.set(xscale="log", yscale="log", ylabel=label)
+        axis.set_xlabel("K, rows of the bank" if letter == "K" else "B, queries")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(frameon=False, fontsize=8)
+    fixed = {k: v for k, v in points[0]["sizes"].items() if k != letter}
+    axes.flat[0].set_title(", ".join(f"{k} = {v:,}" for k, v in fixed.items()), fontsize=9)
+    _save(figure, stamp, path)
+
+
+def _figure(lines: int, columns: int, width: float, height: float) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only, no display
+    import matplotlib.pyplot as plt
+
+    size = (width * columns, height * lines)
+    return plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def _save(figure: Any, stamp: str, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.supxlabel(stamp, fontsize=7, color="#555555")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

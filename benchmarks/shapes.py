@@ -1,0 +1,77 @@
+"""The shapes that benchmarks run, by name, and what one pass over them costs."""
+
+from dataclasses import dataclass
+
+from codir_fast.errors import UsageError
+
+OPERATORS = ("bank_contrast", "indexed_contrast", "masked_pool", "masked_pool_backward")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of an operator's inputs, by the letters that all docs use."""
+
+    name: str
+    operator: str
+    sizes: dict[str, int]
+    why: str = ""
+
+    @property
+    def flop(self) -> int:
+        """Of the two products that loss and gradient need; 0 where bytes are what counts."""
+        s = self.sizes
+        return 4 * s["B"] * s["K"] * s["D"] if self.operator == "bank_contrast" else 0
+
+    @property
+    def bytes(self) -> int:
+        """That must be read or written in float32, inputs that every peer reads anyway."""
+        s = self.sizes
+        if self.operator == "bank_contrast":
+            return 4 * s["K"] * s["D"]
+        if self.operator == "indexed_contrast":
+            return 4 * s["B"] * s["M"] * s["D"]
+        every = 4 * s["L"] * s["B"] * s["T"] * s["H"]
+        return every if self.operator == "masked_pool_backward" else round(every * REAL_TOKENS)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{letter}={size}" for letter, size in self.sizes.items())
+        return f"{self.name} ({sizes})"
+
+
+REAL_TOKENS = 0.57  # share of tokens that are not padding, in sentences batched at random
+
+
+def bank(name: str, B: int, K: int, D: int, why: str = "") -> Shape:
+    return Shape(name, "bank_contrast", {"B": B, "K": K, "D": D}, why)
+
+
+_POOL = {"L": 6, "B": 32, "T": 64, "H": 384}
+SHAPES = (
+    bank("launch", 32, 4096, 128, "overhead shows"),
+    bank("codir", 32, 65536, 128, "CoDIR's fine-tuning stage"),
+    bank("moco", 256, 65536, 128, "MoCo's queue"),
+    bank("wide", 1024, 65536, 128, "a large batch"),
+    bank("deep", 256, 32768, 768, "BERT's width"),
+    bank("huge", 64, 1048576, 128, "a bank of 512 MiB"),
+    Shape(
+        "crd",
+        "indexed_contrast",
+        {"B": 32, "M": 16384, "K": 131072, "D": 128},
+        "CRD's sampled negatives",
+    ),
+    Shape("pool", "masked_pool", _POOL, "all layers of a 6-layer MiniLM"),
+    Shape("pool-backward", "masked_pool_backward", _POOL, "their gradient"),
+)
+
+
+def find_shape(text: str) -> Shape:
+    """A shape by its name, or bank_contrast's by its sizes: B,K,D."""
+    for shape in SHAPES:
+        if shape.name == text:
+            return shape
+    parts = text.split(",")
+    if len(parts) == 3 and all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        B, K, D = (int(part) for part in parts)
+        return bank(f"{B}x{K}x{D}", B, K, D)
+    names = ", ".join(shape.name for shape in SHAPES)
+    raise UsageError(f"`shape` must be one of {names}, or B,K,D, got {text!r}")
