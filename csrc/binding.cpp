@@ -177,9 +177,10 @@ std::tuple<Tensor, Tensor> masked_pool(const std::vector<Tensor>& hidden_states,
   return {pooled, argmax};
 }
 
-Tensor masked_pool_backward(const Tensor& grad_view, const OptionalTensor& attention_mask,
-                            const Tensor& argmax_view, std::int64_t num_layers,
-                            std::int64_t num_tokens, const std::string& mode_name) {
+std::vector<Tensor> masked_pool_backward(const Tensor& grad_view,
+                                         const OptionalTensor& attention_mask,
+                                         const Tensor& argmax_view, std::int64_t num_layers,
+                                         std::int64_t num_tokens, const std::string& mode_name) {
   const PoolMode mode = pool_mode(mode_name);
   const DType dtype = dtype_of(grad_view, "grad");
   STD_TORCH_CHECK(num_layers > 0 && num_tokens >= 0,
@@ -201,9 +202,16 @@ Tensor masked_pool_backward(const Tensor& grad_view, const OptionalTensor& atten
     }
   }
   const RealTokenLists real = real_tokens(attention_mask, B, num_tokens);
-  Tensor dhidden = new_tensor(grad, {num_layers, B, num_tokens, H});
+  // A tensor for each layer: allocators are slow at very large ones, which they hand back to the
+  // system each time.
+  std::vector<Tensor> dhidden;
+  std::vector<void*> data;
+  for (std::int64_t l = 0; l < num_layers; ++l) {
+    dhidden.push_back(new_tensor(grad, {B, num_tokens, H}));
+    data.push_back(dhidden.back().mutable_data_ptr());
+  }
   check_status(masked_pool_backward_cpu(
-                   dhidden.mutable_data_ptr(), grad.const_data_ptr(),
+                   data.data(), grad.const_data_ptr(),
                    mode == PoolMode::kMax ? argmax.const_data_ptr<std::int64_t>() : nullptr,
                    real.view(), num_layers, B, num_tokens, H, dtype, mode, torch_executor()),
                "masked_pool_backward");
@@ -468,7 +476,7 @@ STABLE_TORCH_LIBRARY(codir_fast, m) {
   m.def(
       "masked_pool_backward(Tensor grad, Tensor? attention_mask, Tensor argmax, int num_layers, "
       "SymInt num_tokens, "
-      "str mode) -> Tensor");
+      "str mode) -> Tensor[]");
   m.def(
       "bank_contrast(Tensor query, Tensor positive, Tensor bank, Tensor inv_temperature, " NEGATIVES
       ") -> " LOSS_AND_GRADIENTS);

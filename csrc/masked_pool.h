@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common.h"
+#include "simd/isa.h"
 
 namespace codir_fast {
 
@@ -27,13 +28,13 @@ struct RealTokens {
 // else it may be null.
 Status masked_pool_cpu(void* pooled, std::int64_t* argmax, const HiddenState* hidden_states,
                        RealTokens real, std::int64_t L, std::int64_t B, std::int64_t H, DType dtype,
-                       PoolMode mode, const Executor& executor);
+                       PoolMode mode, const Executor& executor, Isa isa = active_isa());
 
-// dhidden (L, B, T, H), every element written. argmax as given by masked_pool_cpu, null unless
+// dhidden: L of (B, T, H), every element written. argmax as given by masked_pool_cpu, null unless
 // kMax.
-Status masked_pool_backward_cpu(void* dhidden, const void* grad, const std::int64_t* argmax,
+Status masked_pool_backward_cpu(void* const* dhidden, const void* grad, const std::int64_t* argmax,
                                 RealTokens real, std::int64_t L, std::int64_t B, std::int64_t T,
                                 std::int64_t H, DType dtype, PoolMode mode,
-                                const Executor& executor);
+                                const Executor& executor, Isa isa = active_isa());
 
 }  // namespace codir_fast

@@ -166,7 +166,7 @@ def masked_pool_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def masked_pool_backward_kernel(
-    dhidden_ptr,
+    dhidden_ptrs,
     grad_ptr,
     mask_ptr,
     argmax_ptr,
@@ -180,11 +180,10 @@ def masked_pool_backward_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_SCAN: tl.constexpr,
 ):
-    """Grid (B * blocks of H, L). Every element of dhidden (L, B, T, H) is written."""
-    dtype: tl.constexpr = dhidden_ptr.dtype.element_ty
+    """Grid (B * blocks of H, L). Every element of each layer's dhidden (B, T, H) is written."""
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     num_blocks = tl.cdiv(H, BLOCK_H)
-    num_rows = tl.num_programs(0) // num_blocks
     b = (tl.program_id(0) // num_blocks).to(tl.int64)
     h = (tl.program_id(0) % num_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < H
@@ -200,7 +199,8 @@ def masked_pool_backward_kernel(
         token = tl.load(argmax_ptr + column, mask=inside, other=-1)
     else:
         token = _find_token(mask_ptr, T, stride_mt, MODE, HAS_MASK, BLOCK_SCAN)
-    out = dhidden_ptr + (layer.to(tl.int64) * num_rows + b) * T * H + h
+    dhidden_ptr = tl.load(dhidden_ptrs + layer).to(tl.pointer_type(dtype))
+    out = tl.multiple_of(dhidden_ptr, 16) + b * T * H + h  # allocators align to more than that
     for t0 in range(0, T, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         if MODE == "mean":
@@ -267,8 +267,8 @@ def masked_pool_backward(
     num_layers: int,
     num_tokens: int,
     mode: str,
-) -> Tensor:
-    """Gradient of every layer, (L, B, T, H) in the dtype of `grad`.
+) -> list[Tensor]:
+    """Gradient of every layer, L tensors (B, T, H) in the dtype of `grad`.
 
     Args:
         grad: (B, L*H), the gradient of `pooled`.
@@ -284,13 +284,13 @@ def masked_pool_backward(
             f"`argmax` must be int64 of shape {tuple(grad.shape)}, "
             f"got {argmax.dtype} {tuple(argmax.shape)}"
         )
-    dhidden = grad.new_empty(num_layers, B, num_tokens, H)
-    if dhidden.numel() == 0:
+    dhidden = [grad.new_empty(B, num_tokens, H) for _ in range(num_layers)]
+    if dhidden[0].numel() == 0:
         return dhidden
     tile = tiles.choose(tiles.MASKED_POOL, grad.device)[grad.dtype]
     with torch.cuda.device_of(grad):
         masked_pool_backward_kernel[(B * triton.cdiv(H, tile.BLOCK_H), num_layers)](
-            dhidden,
+            _pointer_table(dhidden),
             grad.contiguous(),
             mask,
             argmax.contiguous(),

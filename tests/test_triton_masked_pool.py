@@ -48,7 +48,7 @@ def compiled(kernel, arch, mode, dtype, mask, folder):
     states = f"*{TYPES[dtype]}:16"
     arguments = {
         "pooled_ptr": states,
-        "dhidden_ptr": states,
+        "dhidden_ptrs": "*i64:16",
         "grad_ptr": states,
         "argmax_ptr": "*i64:16",
         "layer_ptrs": "*i64:16",

@@ -63,22 +63,27 @@ def _torch_backward(
     num_layers: int,
     num_tokens: int,
     mode: str,
-) -> Tensor:
+) -> list[Tensor]:
     B, H = grad.shape[0], grad.shape[1] // num_layers
-    by_layer = grad.reshape(B, num_layers, H).transpose(0, 1)
+    by_layer = grad.reshape(B, num_layers, H).unbind(1)
     if mode == "max":
-        tokens = argmax.reshape(B, num_layers, H).transpose(0, 1)[:, :, None]
-        grads = grad.new_zeros(num_layers, B, num_tokens, H)
-        if num_tokens == 0:
-            return grads
-        values = by_layer[:, :, None].masked_fill(tokens < 0, 0)
-        return grads.scatter_(2, tokens.clamp_min(0), values)
+        tokens = argmax.reshape(B, num_layers, 1, H).unbind(1)
+        return [_scatter(*pair, num_tokens) for pair in zip(by_layer, tokens, strict=True)]
     if attention_mask is None:
         attention_mask = grad.new_ones(B, num_tokens, dtype=torch.bool)
     chosen = _chosen_tokens(attention_mask != 0, mode)
-    share = by_layer.to(_accumulation_dtype(grad)) / chosen.sum(1, keepdim=True).clamp_min(1)
-    grads = torch.where(chosen[:, :, None], share.to(grad.dtype)[:, :, None], 0)
-    return grads.contiguous()
+    count, dtype = chosen.sum(1, keepdim=True).clamp_min(1), _accumulation_dtype(grad)
+    shares = [(layer.to(dtype) / count).to(grad.dtype) for layer in by_layer]
+    return [torch.where(chosen[:, :, None], share[:, None], 0) for share in shares]
+
+
+def _scatter(grad: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
+    """grad (B, H) to the tokens (B, 1, H), -1 for none, of (B, num_tokens, H)."""
+    dhidden = grad.new_zeros(grad.shape[0], num_tokens, grad.shape[1])
+    if num_tokens == 0:
+        return dhidden
+    values = grad[:, None].masked_fill(tokens < 0, 0)
+    return dhidden.scatter_(1, tokens.clamp_min(0), values)
 
 
 def _real_tokens(layer: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -116,7 +121,7 @@ def _triton_backward(
     num_layers: int,
     num_tokens: int,
     mode: str,
-) -> Tensor:
+) -> list[Tensor]:
     from codir_fast.kernels import masked_pool as kernel
 
     return kernel.masked_pool_backward(grad, attention_mask, argmax, num_layers, num_tokens, mode)
@@ -139,8 +144,9 @@ def _fake_backward(
     num_layers: int,
     num_tokens: int,
     mode: str,
-) -> Tensor:
-    return grad.new_empty(num_layers, grad.shape[0], num_tokens, grad.shape[1] // num_layers)
+) -> list[Tensor]:
+    shape = (grad.shape[0], num_tokens, grad.shape[1] // num_layers)
+    return [grad.new_empty(shape) for _ in range(num_layers)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -157,18 +163,39 @@ def _add(backend: str) -> None:
     forward = registration.overload("masked_pool", backend)
     backward = registration.overload("masked_pool_backward", backend)
 
-    def differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, None, None]:
+    def differentiate(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return [None] * ctx.num_layers, None, None
+            return (None,) * ctx.num_layers
         attention_mask, argmax = ctx.saved_tensors
         grads = backward(grad, attention_mask, argmax, ctx.num_layers, ctx.num_tokens, ctx.mode)
-        layers = [grads[layer] for layer in range(ctx.num_layers)]
-        return list(registration.first_derivative_only("masked_pool", layers)), None, None
+        return registration.first_derivative_only("masked_pool", grads)
+
+    def differentiate_op(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, None, None]:
+        return list(differentiate(ctx, grad)), None, None
+
+    class Eager(torch.autograd.Function):
+        """The same for calls from Python, see registration.differentiable; layers come last."""
+
+        @staticmethod
+        def forward(ctx: Any, attention_mask: Tensor | None, mode: str, *layers: Tensor) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = forward(list(layers), attention_mask, mode)
+            _setup_context(ctx, (layers, attention_mask, mode), output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+            return None, None, *differentiate(ctx, grad)
+
+    def call(layers: list[Tensor], attention_mask: Tensor | None, mode: str) -> Any:
+        if torch.compiler.is_compiling() or registration.under_functorch():
+            return forward(layers, attention_mask, mode)
+        return Eager.apply(attention_mask, mode, *layers)
 
     registration.register_fake(forward, _fake)
     registration.register_fake(backward, _fake_backward)
-    registration.register_autograd(forward, _setup_context, differentiate)
-    _FORWARD[backend] = forward
+    registration.register_autograd(forward, _setup_context, differentiate_op)
+    _FORWARD[backend] = call
 
 
 _FORWARD: dict[str, Any] = {}

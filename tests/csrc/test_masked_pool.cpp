@@ -64,7 +64,7 @@ double weight_of(PoolMode mode, const std::int64_t* tokens, std::int64_t count, 
 }
 
 template <typename Element>
-void test_mode(DType dtype, PoolMode mode, double epsilon, int num_threads) {
+void test_mode(DType dtype, PoolMode mode, double epsilon, int num_threads, Isa isa) {
   std::mt19937 random(7);
   const Mask mask = random_mask(random);
   // Token rows are H + 3 apart, batch rows T + 1 tokens apart.
@@ -78,12 +78,14 @@ void test_mode(DType dtype, PoolMode mode, double epsilon, int num_threads) {
   std::vector<std::int64_t> argmax(B * L * H, -7);
   const Executor executor = threads(num_threads);
   CHECK(masked_pool_cpu(pooled.data(), argmax.data(), layers.data(), mask.view(), L, B, H, dtype,
-                        mode, executor) == Status::kOk);
+                        mode, executor, isa) == Status::kOk);
   const std::vector<Element> grad = normal<Element>(B * L * H, random);
   std::vector<Element> dhidden = filled<Element>(L * B * T * H, kNan);
-  CHECK(masked_pool_backward_cpu(dhidden.data(), grad.data(),
+  std::vector<void*> by_layer;
+  for (std::int64_t l = 0; l < L; ++l) by_layer.push_back(&dhidden[l * B * T * H]);
+  CHECK(masked_pool_backward_cpu(by_layer.data(), grad.data(),
                                  mode == PoolMode::kMax ? argmax.data() : nullptr, mask.view(), L,
-                                 B, T, H, dtype, mode, executor) == Status::kOk);
+                                 B, T, H, dtype, mode, executor, isa) == Status::kOk);
 
   for (std::int64_t l = 0; l < L; ++l) {
     for (std::int64_t b = 0; b < B; ++b) {
@@ -147,10 +149,13 @@ void test_float16_rounds_to_nearest_even() {
 int main() {
   for (const PoolMode mode : {PoolMode::kMean, PoolMode::kFirst, PoolMode::kLast, PoolMode::kMax}) {
     for (const int num_threads : {1, 3}) {
-      test_mode<float>(DType::kFloat32, mode, 0x1p-23, num_threads);
-      test_mode<double>(DType::kFloat64, mode, 0x1p-52, num_threads);
-      test_mode<BFloat16>(DType::kBFloat16, mode, 0x1p-8, num_threads);
-      test_mode<Float16>(DType::kFloat16, mode, 0x1p-11, num_threads);
+      for (int set = 0; set <= static_cast<int>(widest_isa()); ++set) {
+        const Isa isa = static_cast<Isa>(set);
+        test_mode<float>(DType::kFloat32, mode, 0x1p-23, num_threads, isa);
+        test_mode<double>(DType::kFloat64, mode, 0x1p-52, num_threads, isa);
+        test_mode<BFloat16>(DType::kBFloat16, mode, 0x1p-8, num_threads, isa);
+        test_mode<Float16>(DType::kFloat16, mode, 0x1p-11, num_threads, isa);
+      }
     }
   }
   test_first_nan_is_the_maximum();
