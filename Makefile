@@ -8,13 +8,14 @@ INSTALL := $(PIP) install --no-compile
 CXX_FILES := $(wildcard $(foreach dir,csrc csrc/* tests/csrc,$(dir)/*.cpp $(dir)/*.h $(dir)/*.cu))
 BUILD_FILES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml codir_fast/version.py
 
-.PHONY: help install demo test ctest lint format clean
+.PHONY: help install demo test ctest bench lint format clean
 
 help:
 	@echo "make install   .venv with pinned packages, codir_fast built into it"
 	@echo "make demo      fine-tune a teacher on real text, distil two students, compare them (QUICK=1: a subset)"
 	@echo "make test      the Python tests"
 	@echo "make ctest     the C++ tests, without Python or torch"
+	@echo "make bench     the kernels beside their peers, to benchmarks/results/OUT (OUT=mine)"
 	@echo "make lint      style, formatting and types; make format mends the first two"
 	@echo "make clean     remove builds and .venv, keep runs/"
 
@@ -53,6 +54,13 @@ ctest: $(VENV)/.packages
 	  -DCODIR_FAST_BUILD_EXTENSION=OFF -DCODIR_FAST_BUILD_TESTS=ON
 	$(BIN)/cmake --build build/ctest
 	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+
+$(VENV)/.bench: requirements/bench.txt $(VENV)/.packages
+	$(INSTALL) --no-deps -r requirements/bench.txt
+	@touch $@
+
+bench: $(VENV)/.installed $(VENV)/.bench
+	$(BIN)/codir-fast bench --shape all --sweep K B --out benchmarks/results/$(or $(OUT),mine)
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check .

@@ -311,6 +311,15 @@ def _eager_pool(states: list[Tensor], mask: Tensor) -> Tensor:
     return torch.cat([(state * mask[..., None]).sum(1) / count for state in states], dim=1)
 
 
+def _expanded_pool(states: list[Tensor], mask: Tensor) -> Tensor:
+    """As sentence-transformers' mean pooling, layer by layer."""
+    pooled = []
+    for state in states:
+        weights = mask.unsqueeze(-1).expand(state.size()).to(state.dtype)
+        pooled.append(torch.sum(state * weights, 1) / torch.clamp(weights.sum(1), min=1e-9))
+    return torch.cat(pooled, dim=1)
+
+
 def _bmm_pool(states: list[Tensor], mask: Tensor) -> Tensor:
     weights = (mask / mask.sum(1, keepdim=True))[:, None]
     return torch.cat([torch.bmm(weights, state)[:, 0] for state in states], dim=1)
@@ -318,7 +327,8 @@ def _bmm_pool(states: list[Tensor], mask: Tensor) -> Tensor:
 
 def _pool(pool: Callable[[list[Tensor], Tensor], Tensor]) -> Callable[[Inputs], Run]:
     def prepare(inputs: Inputs) -> Run:
-        mask = inputs.mask if pool is pool_hidden_states else inputs.mask.float()
+        takes_integers = pool in (pool_hidden_states, _expanded_pool)
+        mask = inputs.mask if takes_integers else inputs.mask.float()
         if inputs.shape.operator == "masked_pool":
             return lambda: (pool(inputs.hidden_states, mask),)
         pooled = pool(inputs.hidden_states, mask)
@@ -391,6 +401,7 @@ PEERS = (
             ("codir_fast", pool_hidden_states, "pool_hidden_states"),
             ("bmm", _bmm_pool, "bmm of the weights with each layer"),
             ("eager", _eager_pool, "mask, sum, divide, cat"),
+            ("sentence-transformers", _expanded_pool, "its formula of mean pooling"),
         )
     ),
 )

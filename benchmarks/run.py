@@ -41,7 +41,8 @@ def run(arguments: list[str]) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     out = None if options.out is None else _folder(options.out)
-    shapes = [find_shape(text) for text in options.shape or [s.name for s in SHAPES]]
+    every = options.shape in (None, ["all"])
+    shapes = list(SHAPES) if every else [find_shape(text) for text in options.shape]
     sweeps = options.sweep or []
     results = {"machine": measure.stamp(), "ceilings": {}, "shapes": [], "sweeps": {}}
     if options.shape or not sweeps:
@@ -63,7 +64,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         exit_on_error=False,
     )
     names = ", ".join(shape.name for shape in SHAPES)
-    parser.add_argument("--shape", nargs="+", help=f"{names}, or B,K,D; default: all")
+    parser.add_argument(
+        "--shape", nargs="+", help=f"{names}, or B,K,D; default: all, unless --sweep is given"
+    )
     parser.add_argument("--peers", nargs="+", help="names from --list; default: all that can run")
     parser.add_argument(
         "--sweep", nargs="+", help="curves over K (1,024 to 4 M rows) or B (1 to 64)"

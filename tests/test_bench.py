@@ -1,0 +1,144 @@
+"""codir-fast bench: from flags to table, JSON and pictures; nothing is timed that is wrong."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="pictures need it")
+
+from codir_fast.benchmarks import measure, peers
+from codir_fast.benchmarks.run import check, measure_shape
+from codir_fast.benchmarks.shapes import SHAPES, Shape, find_shape
+
+from codir_fast.cli import main
+from codir_fast.errors import UsageError
+
+TINY = Shape("tiny", "bank_contrast", {"B": 5, "K": 300, "D": 24})
+TINY_BY_INDEX = Shape("tiny", "indexed_contrast", {"B": 3, "M": 40, "K": 70, "D": 8})
+TINY_POOL = {"L": 2, "B": 4, "T": 9, "H": 12}
+
+
+def chosen(operator, *, compiled=False):
+    slow = {"compile", "cut_cross_entropy"}
+    of_operator = [peer for peer in peers.PEERS if peer.operator == operator]
+    return [peer for peer in of_operator if compiled or peer.name not in slow]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        TINY,
+        TINY_BY_INDEX,
+        Shape("tiny", "masked_pool", TINY_POOL),
+        Shape("tiny", "masked_pool_backward", TINY_POOL),
+    ],
+    ids=lambda shape: shape.operator,
+)
+def test_every_peer_is_right(shape):
+    inputs = peers.make_inputs(shape)
+    for peer in chosen(shape.operator):
+        if peer.refusal(shape, 1 << 40) is None and not peer.is_floor:
+            assert check(peer, peer.prepare(inputs), inputs) < 1e-5, peer.name
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["loss", "gradient"])
+def test_a_wrong_peer_is_not_timed(part):
+    ours = chosen("bank_contrast")[0]
+
+    def prepare(inputs):
+        run = ours.prepare(inputs)
+        return lambda: [x * (1.001 if n == part else 1) for n, x in enumerate(run())]
+
+    wrong = peers.Peer("wrong", "bank_contrast", prepare, "1 per mille too large")
+    with pytest.raises(RuntimeError, match="wrong is wrong at tiny"):
+        measure_shape(TINY, [ours, wrong], budget=0.01)
+
+
+def test_what_does_not_fit_or_is_missing_is_listed_with_the_reason():
+    ours = chosen("bank_contrast")[0]
+    missing = peers.Peer("missing", "bank_contrast", ours.prepare, "", packages=("no_such",))
+    large = peers.Peer("large", "bank_contrast", ours.prepare, "", copies=1e9)
+    rows, ceilings = measure_shape(TINY, [ours, missing, large], budget=0.01)
+    assert [row.get("refused") for row in rows][:2] == [None, "needs no_such"]
+    assert rows[2]["refused"].startswith("needs ") and rows[2]["refused"].endswith("GiB")
+    assert rows[0]["ratio"] == 1 and rows[0]["share_of_ceiling"] > 0 and "median" not in rows[1]
+    assert ceilings["sgemm_flops"] > 1e8 and ceilings["copy_bytes_per_second"] > 1e8
+
+
+def test_files(tmp_path, capsys):
+    out = tmp_path / "made" / "here"
+    flags = ["--shape", "4,200,16", "--peers", "eager", "two-products", "--budget", "0.01"]
+    assert main(["bench", *flags, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "| eager |" in printed and "not the loss" in printed
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert {row["peer"] for row in results["shapes"]} == {"codir_fast", "eager", "two-products"}
+    assert {"cpu", "threads", "instruction_set", "torch", "date"} <= results["machine"].keys()
+    for row in results["shapes"]:
+        assert 0 < row["lowest"] <= row["median"] <= row["highest"] and row["rounds"] >= 3
+    assert "4x200x16" in (out / "table.md").read_text(encoding="utf-8")
+    assert (out / "shapes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep(tmp_path, monkeypatch, capsys):
+    shapes = [Shape(f"K={K}", "bank_contrast", {"B": 2, "K": K, "D": 8}) for K in (16, 64)]
+    monkeypatch.setattr("codir_fast.benchmarks.run.SWEEPS", {"K": shapes})
+    flags = ["--sweep", "K", "--peers", "eager", "--budget", "0.01", "--out", str(tmp_path)]
+    assert main(["bench", *flags]) == 0
+    assert "| 64 | eager |" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [row["sizes"]["K"] for row in results["sweeps"]["K"]] == [16, 16, 64, 64]
+    assert results["shapes"] == [] and (tmp_path / "over_K.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shape", "nothing"], "`shape` must be one of launch, codir"),
+        (["--shape", "4,0,8"], "`shape` must be one of"),
+        (["--peers", "nobody"], "`peers` must be of"),
+        (["--sweep", "D"], "`sweep` must be of K, B, got 'D'"),
+        (["--threads", "0"], "`threads` must be at least 1, got 0"),
+        (["--threads", "two"], "argument --threads: invalid int value: 'two'"),
+        (["--budget", "nan"], "`budget` must be positive seconds, got nan"),
+        (["--out", "/dev/null/x"], "`out` /dev/null/x can't be made"),
+        (["--fast"], "bench has no flag --fast"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_flags(flags, message, capsys):
+    assert main(["bench", *flags]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_list_names_all(capsys):
+    assert main(["bench", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(shape.name in printed for shape in SHAPES)
+    assert all(peer.name in printed for peer in peers.PEERS)
+
+
+def test_shapes_by_name_and_by_sizes():
+    assert find_shape("moco").sizes == {"B": 256, "K": 65536, "D": 128}
+    assert find_shape("3,5,7").flop == 4 * 3 * 5 * 7
+    with pytest.raises(UsageError):
+        find_shape("3,5")
+
+
+@pytest.mark.skipif(measure.peak_memory(lambda: None) is None, reason="reads the peak from /proc")
+def test_peak_memory_sees_what_is_held_for_a_moment():
+    def run():
+        return float((torch.ones(1 << 24) * 2).sum())
+
+    assert 60 < measure.peak_memory(run) / 2**20 < 300
+
+
+def test_rounds_are_interleaved():
+    calls = []
+    times = measure.interleaved([lambda: calls.append("a"), lambda: calls.append("b")], 0.01)
+    assert all(each.lowest <= each.median <= each.highest for each in times)
+    assert times[0].rounds == times[1].rounds >= 3
+    switches = sum(one != other for one, other in zip(calls, calls[1:], strict=False))
+    assert switches >= 3
