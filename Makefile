@@ -8,13 +8,23 @@ INSTALL := $(PIP) install --no-compile
 CXX_FILES := $(wildcard $(foreach dir,csrc csrc/* tests/csrc,$(dir)/*.cpp $(dir)/*.h $(dir)/*.cu))
 BUILD_FILES := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml codir_fast/version.py
 
-.PHONY: help install demo test ctest bench lint format clean
+comma := ,
+# The C++ tests in folder $(1), built with the sanitizers $(2).
+define run_ctest
+$(BIN)/cmake -G Ninja -S . -B $(1) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+  -DCODIR_FAST_BUILD_EXTENSION=OFF -DCODIR_FAST_BUILD_TESTS=ON -DCODIR_FAST_SANITIZE=$(2)
+$(BIN)/cmake --build $(1)
+$(BIN)/ctest --test-dir $(1) --output-on-failure
+endef
+
+.PHONY: help install demo test ctest sanitize bench lint format clean
 
 help:
 	@echo "make install   .venv with pinned packages, codir_fast built into it"
 	@echo "make demo      fine-tune a teacher on real text, distil two students, compare them (QUICK=1: a subset)"
 	@echo "make test      the Python tests"
 	@echo "make ctest     the C++ tests, without Python or torch"
+	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     the kernels beside their peers, to benchmarks/results/OUT (OUT=mine)"
 	@echo "make lint      style, formatting and types; make format mends the first two"
 	@echo "make clean     remove builds and .venv, keep runs/"
@@ -50,10 +60,10 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 ctest: $(VENV)/.packages
-	$(BIN)/cmake -G Ninja -S . -B build/ctest -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DCODIR_FAST_BUILD_EXTENSION=OFF -DCODIR_FAST_BUILD_TESTS=ON
-	$(BIN)/cmake --build build/ctest
-	$(BIN)/ctest --test-dir build/ctest --output-on-failure
+	$(call run_ctest,build/ctest,)
+
+sanitize: $(VENV)/.packages
+	$(call run_ctest,build/sanitize,address$(comma)undefined)
 
 $(VENV)/.bench: requirements/bench.txt $(VENV)/.packages
 	$(INSTALL) --no-deps -r requirements/bench.txt

@@ -93,14 +93,13 @@ def ceilings() -> tuple[list[Callable[[], Any]], Callable[[Sequence[Times]], dic
     return [lambda: torch.mm(a, b, out=out), lambda: target.copy_(source)], read
 
 
-def peak_memory(run: Callable[[], Any]) -> int | None:
-    """Bytes that a call needs beyond what is held before it; None where the system does not tell
-    (it does on Linux). The least of three calls.
+def peak_memory(run: Callable[[], Any], calls: int = 3) -> int | None:
+    """Bytes that a call needs beyond what is held before it, after one that has warmed up; None
+    where the system does not tell (it does on Linux). The least of some calls.
     """
     if not _CLEAR.exists() or not os.access(_CLEAR, os.W_OK):
         return None
-    run()
-    return min(_peak_above(run) for _ in range(3))
+    return min(_peak_above(run) for _ in range(calls))
 
 
 def _peak_above(run: Callable[[], Any]) -> int:

@@ -21,6 +21,7 @@ from codir_fast.errors import UsageError
 
 # Of float32 results, relative to the largest element of the truth.
 TOLERANCE = 1e-4
+_SLOW = 3.0  # seconds; what takes longer is timed once
 SWEEPS = {
     "K": [bank("K", 256, 1 << n, 128) for n in range(10, 23, 2)],
     "B": [bank("B", B, 65536, 128) for B in (1, 2, 4, 6, 8, 12, 16, 24, 32, 33, 40, 48, 56, 64)],
@@ -145,42 +146,67 @@ def _run_shapes(
 def measure_shape(
     shape: Shape, peers: Sequence[Peer], budget: float, advance: Advance = lambda: None
 ) -> tuple[list[report.Row], dict[str, float]]:
-    """A row for each peer, and the ceilings of this run."""
+    """A row for each peer, and the ceilings of this run. Ours is the first peer."""
     common: report.Row = {"shape": shape.name, "operator": shape.operator, "sizes": shape.sizes}
     inputs = make_inputs(shape)
-    rows, runs = [], []
+    rows: list[report.Row] = []
+    quick: list[tuple[report.Row, Callable[[], Any]]] = []
     for peer in peers:
         row = common | {"peer": peer.name, "what": peer.what}
-        refused = peer.refusal(shape, measure.available_memory())
-        if refused is None:
-            run = peer.prepare(inputs)
-            row["error"] = None if peer.is_floor else check(peer, run, inputs)
-            row["extra_memory"] = measure.peak_memory(run)
-            runs.append(run)
-        else:
-            row["refused"] = refused
         rows.append(row)
+        run = _prepare(peer, inputs, row)
+        if run is not None:
+            took = measure.seconds(run)
+            is_slow = took > _SLOW
+            row["extra_memory"] = measure.peak_memory(run, calls=1 if is_slow else 3)
+            if is_slow:
+                row["times"] = measure.Times(took, took, took, 1)
+            else:
+                quick.append((row, run))
         advance()
     tops, read = measure.ceilings()
-    times = measure.interleaved([*runs, *tops], budget * (len(runs) + len(tops)))
-    ceilings = read(times[len(runs) :])
-    ours = times[0].median
-    timed = iter(times)
+    runs = [run for _, run in quick] + tops
+    times = measure.interleaved(runs, budget * len(runs))
+    ceilings = read(times[len(quick) :])
+    for (row, _), each in zip(quick, times, strict=False):
+        row["times"] = each
+    ours = rows[0]["times"].median
     for row in rows:
         if "refused" not in row:
-            row |= _figures(shape, next(timed), ours, ceilings)
+            row |= _figures(shape, row.pop("times"), ours, ceilings)
     return rows, ceilings
 
 
+def _prepare(peer: Peer, inputs: Inputs, row: report.Row) -> Callable[[], Any] | None:
+    """The peer's function once it has run and was right, with its error in the row; or the reason
+    why it is not timed.
+    """
+    row["refused"] = peer.refusal(inputs.shape, measure.available_memory())
+    if row["refused"] is None:
+        run = peer.prepare(inputs)
+        results = run()
+        row["error"] = None if peer.is_floor else error_of(results, _truth(peer, inputs))
+        if peer.is_floor or row["error"] <= TOLERANCE:
+            del row["refused"]
+            return run
+        row["refused"] = f"wrong: error {row['error']:.1e}, allowed {TOLERANCE:.0e}"
+    if peer.name == report.OURS:
+        raise RuntimeError(f"{peer.name} at {inputs.shape} {row['refused']}")
+    return None
+
+
 def check(peer: Peer, run: Callable[[], Any], inputs: Inputs) -> float:
-    """The error of a peer; one that gives something else is not timed."""
-    exact = truth(inputs, peer.others_count, peer.normalizes)
-    error = error_of(run(), exact)
+    """The error of a peer, which must be right."""
+    error = error_of(run(), _truth(peer, inputs))
     if not error <= TOLERANCE:
         raise RuntimeError(
             f"{peer.name} is wrong at {inputs.shape}: error {error:.1e}, allowed {TOLERANCE:.0e}"
         )
     return error
+
+
+def _truth(peer: Peer, inputs: Inputs) -> Any:
+    return truth(inputs, peer.others_count, peer.normalizes)
 
 
 def _figures(

@@ -1,6 +1,7 @@
 """codir-fast bench: from flags to table, JSON and pictures; nothing is timed that is wrong."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,8 +52,13 @@ def test_a_wrong_peer_is_not_timed(part):
         return lambda: [x * (1.001 if n == part else 1) for n, x in enumerate(run())]
 
     wrong = peers.Peer("wrong", "bank_contrast", prepare, "1 per mille too large")
+    rows, _ = measure_shape(TINY, [ours, wrong], budget=0.01)
+    assert rows[1]["refused"].startswith("wrong: error ") and "median" not in rows[1]
+    with pytest.raises(RuntimeError, match="codir_fast at tiny .* wrong: error"):
+        measure_shape(TINY, [replace(wrong, name="codir_fast")], budget=0.01)
     with pytest.raises(RuntimeError, match="wrong is wrong at tiny"):
-        measure_shape(TINY, [ours, wrong], budget=0.01)
+        inputs = peers.make_inputs(TINY)
+        check(wrong, wrong.prepare(inputs), inputs)
 
 
 def test_what_does_not_fit_or_is_missing_is_listed_with_the_reason():
