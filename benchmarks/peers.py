@@ -8,7 +8,7 @@ their gradient for the pooling.
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Inputs:
     hidden_states: list[Tensor]
     mask: Tensor
     grad: Tensor
+    truths: dict[tuple[bool, bool], Results] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,14 @@ def make_inputs(shape: Shape) -> Inputs:
 
 
 def truth(inputs: Inputs, others_count: bool, normalizes: bool) -> Results:
-    """Loss and gradient by their definition in float64, by parts of the bank."""
+    """What a peer should give, in float64; made once for all peers that should give the same."""
+    if (others_count, normalizes) not in inputs.truths:
+        inputs.truths[others_count, normalizes] = _truth(inputs, others_count, normalizes)
+    return inputs.truths[others_count, normalizes]
+
+
+def _truth(inputs: Inputs, others_count: bool, normalizes: bool) -> Results:
+    """Loss and gradient by their definition, by parts of the bank."""
     if inputs.hidden_states:
         states = [state.detach().double().requires_grad_() for state in inputs.hidden_states]
         pooled = _eager_pool(states, inputs.mask.double())
