@@ -1,5 +1,5 @@
-// indexed_contrast on the CPU: spreads queries, and where these are fewer than threads their
-// positions, over threads; ends each query as bank_contrast does. The pass itself is
+// indexed_contrast on the CPU: takes the index as it is or in the order of the bank, spreads it
+// over threads, and ends each query as bank_contrast does. The pass itself is
 // indexed_contrast_cpu_impl.cpp.
 #include <algorithm>
 #include <type_traits>
@@ -7,6 +7,7 @@
 #include "contrast_cpu.h"
 #include "indexed_contrast.h"
 #include "indexed_contrast_cpu_impl.h"
+#include "indexed_contrast_order.h"
 #include "storage.h"
 
 namespace codir_fast {
@@ -36,62 +37,168 @@ const IndexedKernels<C>& kernels(Isa isa) {
     return baseline::kIndexedKernelsDouble;
 }
 
+// Sums of B queries per range, to which the kernels add.
 template <typename C>
-Status forward(const BankContrastOutputs& outputs, const C* positive,
-               const IndexedContrastInputs& inputs, const Executor& executor, Isa isa) {
+struct RunningSums {
+  PartialSums<C> partial;
+  Buffer<C> run;
+  Buffer<std::int64_t> rows_in_run;
+  C first;
+  std::int64_t ranges, B, D;
+
+  RunningSums(std::int64_t ranges, std::int64_t B, const BankContrastInputs& in)
+      : partial(ranges, {1, B}, in),
+        run(allocate<C>(ranges * B * in.D)),
+        rows_in_run(allocate<std::int64_t>(ranges * B)),
+        first(static_cast<C>(first_shift(in))),
+        ranges(ranges),
+        B(B),
+        D(in.D) {}
+
+  bool allocated() const { return partial.allocated() && run && rows_in_run; }
+
+  IndexedSums<C> operator()(std::int64_t range, std::int64_t i) const {
+    const std::int64_t n = range * B + i;
+    return {partial.shift.get() + n, partial.total.get() + n, partial.weighted_rows.get() + n * D,
+            run.get() + n * D, rows_in_run.get() + n};
+  }
+
+  void begin() const {
+    const std::int64_t size = ranges * B;
+    std::fill_n(partial.shift.get(), size, first);
+    std::fill_n(partial.total.get(), size, 0.0);
+    std::fill_n(rows_in_run.get(), size, std::int64_t{0});
+    std::fill_n(partial.weighted_rows.get(), size * D, C{0});
+    std::fill_n(run.get(), size * D, C{0});
+  }
+
+  void end(std::int64_t range, std::int64_t i) const {
+    const IndexedSums<C> sums = (*this)(range, i);
+    for (std::int64_t d = 0; d < D; ++d) sums.weighted_rows[d] += sums.run[d];
+  }
+};
+
+template <typename C>
+void finish_queries(const BankContrastOutputs& outputs, const C* positive,
+                    const BankContrastInputs& in, const RunningSums<C>& sums, std::int64_t ranges,
+                    const Range& queries, const Executor& executor, double* weighted_rows) {
+  const std::int64_t threads = std::max(executor.num_threads, 1);
+  const C* query = static_cast<const C*>(in.query);
+  executor.parallel_for(threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t thread = begin; thread < end; ++thread) {
+      double* weighted_row = weighted_rows + thread * in.D;
+      const Range local = share(queries.end - queries.begin, threads, thread);
+      for (std::int64_t n = local.begin; n < local.end; ++n) {
+        const std::int64_t i = queries.begin + n;
+        for (std::int64_t range = 0; range < ranges; ++range) sums.end(range, n);
+        const QuerySums total =
+            add_ranges(weighted_row, sums.partial, {1, sums.B}, in.D, ranges, n);
+        finish_query(outputs, query + i * in.D, positive + i * in.D, weighted_row, total, i, in);
+      }
+    }
+  });
+}
+
+// Query by query, rows as the list names them.
+template <typename C>
+Status forward_by_lists(const BankContrastOutputs& outputs, const C* positive,
+                        const IndexedContrastInputs& inputs, const Executor& executor,
+                        const IndexedKernels<C>& kernel) {
   const BankContrastInputs& in = inputs.bank;
-  const IndexedKernels<C>& kernel = kernels<C>(isa);
   const std::int64_t threads = std::max(executor.num_threads, 1);
   const std::int64_t ranges = ceil_div(threads, std::min(in.B, threads));
   const std::int64_t scratch_size = kernel.scratch_size(in.D);
-  const Tiling tiling{1, in.B};
 
   const Buffer<C> scratch = allocate<C>(threads * scratch_size);
   const Buffer<double> weighted_rows = allocate<double>(threads * in.D);
-  const PartialSums<C> sums(ranges, tiling, in);
+  const RunningSums<C> sums(ranges, in.B, in);
   if (!scratch || !weighted_rows || !sums.allocated()) return Status::kOutOfMemory;
+  sums.begin();
 
   executor.parallel_for(threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t thread = begin; thread < end; ++thread) {
       const Range work = share(ranges * in.B, threads, thread);
       for (std::int64_t n = work.begin; n < work.end; ++n) {
-        const Range positions = share(inputs.M, ranges, n / in.B);
-        kernel.scan(
-            {sums.shift.get() + n, sums.total.get() + n, sums.weighted_rows.get() + n * in.D},
-            inputs, n % in.B, positions.begin, positions.end,
-            scratch.get() + thread * scratch_size);
+        const std::int64_t range = n / in.B, i = n % in.B;
+        const Range positions = share(inputs.M, ranges, range);
+        kernel.scan_list(sums(range, i), inputs, i, inputs.index + i * inputs.M + positions.begin,
+                         positions.end - positions.begin, scratch.get() + thread * scratch_size);
       }
     }
   });
-  executor.parallel_for(threads, [&](std::int64_t begin, std::int64_t end) {
-    const C* query = static_cast<const C*>(in.query);
-    for (std::int64_t thread = begin; thread < end; ++thread) {
-      double* weighted_row = weighted_rows.get() + thread * in.D;
-      const Range queries = share(in.B, threads, thread);
-      for (std::int64_t i = queries.begin; i < queries.end; ++i) {
-        const QuerySums total = add_ranges(weighted_row, sums, tiling, in.D, ranges, i);
-        finish_query(outputs, query + i * in.D, positive + i * in.D, weighted_row, total, i, in);
-      }
-    }
-  });
+  finish_queries(outputs, positive, in, sums, ranges, {0, in.B}, executor, weighted_rows.get());
   return Status::kOk;
 }
 
-// Rows [rows.begin, rows.end) of dbank, by the one thread that owns them, in the order of i and m.
+// Block by block, as far as rows are named more than once. Threads share a part's pairs of a query
+// and a row in equal numbers, wherever in the bank these are.
 template <typename C>
-void scatter_rows(C* dbank, const C* coefficient, const IndexedContrastInputs& inputs,
-                  const Range& rows) {
+Status forward_by_blocks(const BankContrastOutputs& outputs, const C* positive,
+                         const IndexedContrastInputs& inputs, const Executor& executor,
+                         const IndexedKernels<C>& kernel, const Parts& parts) {
   const BankContrastInputs& in = inputs.bank;
-  const C* query = static_cast<const C*>(in.query);
-  std::fill(dbank + rows.begin * in.D, dbank + rows.end * in.D, C{0});
-  for (std::int64_t n = 0; n < in.B * inputs.M; ++n) {
-    const std::int64_t j = inputs.index[n];
-    if (j < rows.begin || j >= rows.end || coefficient[n] == 0) continue;
-    const C* q = query + n / inputs.M * in.D;
-    for (std::int64_t d = 0; d < in.D; ++d) dbank[j * in.D + d] += coefficient[n] * q[d];
+  const std::int64_t threads = std::max(executor.num_threads, 1);
+  const std::int64_t scratch_size = kernel.scratch_size(in.D);
+  const Buffer<C> scratch = allocate<C>(threads * scratch_size);
+  const Buffer<double> weighted_rows = allocate<double>(threads * in.D);
+  BlockOrder order(parts, in);
+  const RunningSums<C> sums(threads, parts.queries, in);
+  if (!scratch || !weighted_rows || !order.allocated() || !sums.allocated()) {
+    return Status::kOutOfMemory;
   }
+
+  for (std::int64_t first = 0; first < in.B; first += parts.queries) {
+    const Range queries{first, std::min(first + parts.queries, in.B)};
+    sums.begin();
+    for (std::int64_t m = 0; m < inputs.M; m += parts.positions) {
+      const Range positions{m, std::min(m + parts.positions, inputs.M)};
+      order.sort(inputs, queries, positions, executor);
+      executor.parallel_for(threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t thread = begin; thread < end; ++thread) {
+          const Range pairs = share(order.num_pairs(), threads, thread);
+          std::int64_t at = 0;
+          for (std::int64_t block = 0; block < order.blocks; ++block) {
+            const std::int64_t size = order.size(block);
+            const Range own{std::max(pairs.begin - at, std::int64_t{0}),
+                            std::min(pairs.end - at, size)};
+            at += size;
+            if (own.begin >= own.end) continue;
+            order.visit(block, own, [&](std::int64_t n, const BlockRows& rows, Upcoming& upcoming) {
+              kernel.scan_block(sums(thread, n), inputs, queries.begin + n, rows, upcoming,
+                                scratch.get() + thread * scratch_size);
+            });
+          }
+        }
+      });
+    }
+    finish_queries(outputs, positive, in, sums, threads, queries, executor, weighted_rows.get());
+  }
+  return Status::kOk;
 }
 
+template <typename C>
+Status forward(const BankContrastOutputs& outputs, const C* positive,
+               const IndexedContrastInputs& inputs, const Executor& executor, Isa isa) {
+  const BankContrastInputs& in = inputs.bank;
+  const IndexedKernels<C>& kernel = kernels<C>(isa);
+  const Parts parts = cut(inputs);
+  return pays(parts, in) ? forward_by_blocks(outputs, positive, inputs, executor, kernel, parts)
+                         : forward_by_lists(outputs, positive, inputs, executor, kernel);
+}
+
+void store_gradient(void* dbank, const double* gradient, const Range& rows,
+                    const BankContrastInputs& in) {
+  with_storage(in.bank_dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    T* out = static_cast<T*>(dbank) + rows.begin * in.D;
+    for (std::int64_t n = 0; n < (rows.end - rows.begin) * in.D; ++n) {
+      from_compute(static_cast<Compute<T>>(gradient[n]), &out[n]);
+    }
+  });
+}
+
+// Block by block, each by one thread; a block's gradient is summed in double, in the order of
+// queries.
 template <typename C>
 Status backward(void* dbank, const C* grad_loss, const double* lse,
                 const IndexedContrastInputs& inputs, const Executor& executor, Isa isa) {
@@ -99,37 +206,37 @@ Status backward(void* dbank, const C* grad_loss, const double* lse,
   const IndexedKernels<C>& kernel = kernels<C>(isa);
   const std::int64_t threads = std::max(executor.num_threads, 1);
   const std::int64_t scratch_size = kernel.scratch_size(in.D);
-  const bool in_place = in.bank_dtype == in.dtype;
-
+  BlockOrder order(whole(inputs), in);
+  const std::int64_t gradient_size = order.block_rows() * in.D;
   const Buffer<C> scratch = allocate<C>(threads * scratch_size);
-  const Buffer<C> coefficient = allocate<C>(in.B * inputs.M);
-  // Sums run in C: a bank of a narrower type gets its gradient in one rounding at the end.
-  const Buffer<C> wide = allocate<C>(in_place ? 0 : in.K * in.D);
-  if (!scratch || !coefficient || !wide) return Status::kOutOfMemory;
-  C* sums = in_place ? static_cast<C*>(dbank) : wide.get();
+  const Buffer<double> gradients = allocate<double>(threads * gradient_size);
+  const Buffer<std::int64_t> sizes = allocate<std::int64_t>(order.blocks);
+  if (!scratch || !gradients || !sizes || !order.allocated()) return Status::kOutOfMemory;
 
+  order.sort(inputs, {0, in.B}, {0, inputs.M}, executor);
+  order.sizes(sizes.get());
+  // What a block costs: its pairs, and its rows, which are written whether named or not.
+  const std::int64_t cost = order.num_pairs() + in.K;
   executor.parallel_for(threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t thread = begin; thread < end; ++thread) {
-      const Range queries = share(in.B, threads, thread);
-      for (std::int64_t i = queries.begin; i < queries.end; ++i) {
-        const SplitLse<C> split(lse[i]);
-        kernel.coefficients(coefficient.get() + i * inputs.M, inputs, i, grad_loss[i], split.high,
-                            split.low, scratch.get() + thread * scratch_size);
+      const Range own = share(cost, threads, thread);
+      double* gradient = gradients.get() + thread * gradient_size;
+      std::int64_t at = 0;
+      for (std::int64_t block = 0; block < order.blocks; ++block) {
+        const Range rows = order.rows(block);
+        const bool is_own = at >= own.begin && at < own.end;
+        at += sizes[block] + rows.end - rows.begin;
+        if (!is_own) continue;
+        std::fill_n(gradient, (rows.end - rows.begin) * in.D, 0.0);
+        order.visit(block, {0, sizes[block]},
+                    [&](std::int64_t i, const BlockRows& named, Upcoming& upcoming) {
+                      const SplitLse<C> split(lse[i]);
+                      kernel.add_gradient(gradient, inputs, i, named, upcoming,
+                                          {grad_loss[i], split.high, split.low},
+                                          scratch.get() + thread * scratch_size);
+                    });
+        store_gradient(dbank, gradient, rows, in);
       }
-    }
-  });
-  executor.parallel_for(threads, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t thread = begin; thread < end; ++thread) {
-      const Range rows = share(in.K, threads, thread);
-      scatter_rows(sums, coefficient.get(), inputs, rows);
-      if (in_place) continue;
-      with_storage(in.bank_dtype, [&](auto* tag) {
-        using T = std::remove_pointer_t<decltype(tag)>;
-        T* out = static_cast<T*>(dbank);
-        for (std::int64_t n = rows.begin * in.D; n < rows.end * in.D; ++n) {
-          from_compute(static_cast<Compute<T>>(sums[n]), &out[n]);
-        }
-      });
     }
   });
   return Status::kOk;

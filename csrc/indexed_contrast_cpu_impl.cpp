@@ -1,8 +1,8 @@
 // One query against rows named by index, for one instruction set (CODIR_FAST_ISA_NAMESPACE).
-// Rows lie anywhere in the bank, so memory latency rules: rows further on are fetched into L2 while
-// those at hand are used. A chunk of rows gives its logits and is then added to O from L1. Never
-// materialised: anything of size M x D. Sums are hierarchical (chunk, run of chunks, total), so
-// that O does not stagnate on rows that are alike.
+// A chunk of rows gives its logits and is then added to O from L1, while rows further on are
+// fetched: of a list, whose rows lie anywhere, those named next; of a block, which is in cache,
+// the block after it. Never materialised: anything of size M x D. Sums are hierarchical (chunk, run
+// of chunks, total), so that O does not stagnate on rows that are alike.
 #include "indexed_contrast_cpu_impl.h"
 
 #include <limits>
@@ -16,17 +16,19 @@ namespace CODIR_FAST_ISA_NAMESPACE {
 namespace {
 
 constexpr std::int64_t kChunk = 32;  // rows, a multiple of all vector widths
-constexpr std::int64_t kChunksPerRun = 64;
-constexpr std::int64_t kAhead = 32;  // rows between the one fetched and the one used
-constexpr int kColumns = 4;          // vectors of O that are summed in registers
+constexpr std::int64_t kRowsPerRun = 2048;
+constexpr std::int64_t kAhead = 32;  // rows of a list between the one fetched and the one used
+constexpr int kDots = 4;             // rows that share the query's loads
+constexpr int kColumns = 8;          // vectors of O that are summed in registers
+constexpr std::uintptr_t kLine = 64;
 
 template <typename C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
-// O of the run of chunks, then a chunk of rows, where the bank is of another type than C.
+// A chunk of rows, where the bank is of another type than C, and a query in double.
 template <typename C>
 std::int64_t scratch_size(std::int64_t D) {
-  return D + kChunk * D;
+  return kChunk * D + D * static_cast<std::int64_t>(sizeof(double) / sizeof(C));
 }
 
 // The rows of a chunk that count, as C, and what they count.
@@ -35,7 +37,7 @@ struct Chunk {
   const C* rows[kChunk];
   C scale[kChunk];
   C logits[kChunk];
-  std::int64_t position[kChunk];  // in the query's list
+  std::int64_t position[kChunk];  // in the list
   std::int64_t size;
 };
 
@@ -45,28 +47,47 @@ bool counts(const BankContrastInputs& in, std::int64_t i, std::int64_t j) {
          (in.exclude_index == nullptr || in.exclude_index[i] != j);
 }
 
-// Into L2, all cache lines that the row touches: L1 has too few places for lines under way.
-template <typename T>
-void fetch(const T* row, std::int64_t D) {
-  constexpr std::uintptr_t kLine = 64;
-  const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(row + D);
-  for (std::uintptr_t at = reinterpret_cast<std::uintptr_t>(row) / kLine * kLine; at < end;
-       at += kLine) {
-    __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
-  }
-}
+// Rows that lie anywhere: those further on in the list are fetched while others give their logits.
+struct ListedRows {
+  const std::int64_t* list;
+  std::int64_t size;
 
-template <typename C>
+  std::int64_t operator[](std::int64_t n) const { return list[n]; }
+
+  // The row to fetch with the n-th: at the end of the list it is fetched again, which costs little.
+  std::int64_t ahead(std::int64_t n) const { return list[n + kAhead < size ? n + kAhead : n]; }
+
+  void fetch_one() const {}
+};
+
+// Rows of a block that is in L2. The next one is brought there while rows are added, from L1.
+struct RowsOfBlock {
+  const std::uint16_t* number;
+  std::int64_t first, size;
+  Upcoming& upcoming;
+
+  std::int64_t operator[](std::int64_t n) const { return first + number[n]; }
+
+  void fetch_one() const {
+    for (std::int64_t line = 0; line < upcoming.lines_per_row; ++line) {
+      if (upcoming.at >= upcoming.end) return;
+      __builtin_prefetch(upcoming.at, 0, 2);
+      upcoming.at += kLine;
+    }
+  }
+};
+
+template <typename Rows, typename C>
 void load_chunk(Chunk<C>& chunk, const IndexedContrastInputs& inputs, std::int64_t i,
-                std::int64_t begin, std::int64_t end, C* converted) {
+                const Rows& rows, std::int64_t begin, C* converted) {
   const BankContrastInputs& in = inputs.bank;
-  const std::int64_t* index = inputs.index + i * inputs.M;
+  const std::int64_t end = begin + kChunk < rows.size ? begin + kChunk : rows.size;
   chunk.size = 0;
   with_storage(in.bank_dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const T* bank = static_cast<const T*>(in.bank);
-    for (std::int64_t m = begin; m < end && m < begin + kChunk; ++m) {
-      const std::int64_t j = index[m];
+    for (std::int64_t m = begin; m < end; ++m) {
+      const std::int64_t j = rows[m];
       if (!counts(in, i, j)) continue;
       const std::int64_t n = chunk.size++;
       chunk.position[n] = m;
@@ -74,7 +95,6 @@ void load_chunk(Chunk<C>& chunk, const IndexedContrastInputs& inputs, std::int64
       if constexpr (std::is_same_v<T, C>) {
         chunk.rows[n] = bank + j * in.D;
       } else {
-        if (m + kAhead < end) fetch(bank + index[m + kAhead] * in.D, in.D);
         convert(converted + n * in.D, bank + j * in.D, in.D);
         chunk.rows[n] = converted + n * in.D;
       }
@@ -82,66 +102,119 @@ void load_chunk(Chunk<C>& chunk, const IndexedContrastInputs& inputs, std::int64
   });
 }
 
-template <typename C>
-C sum_lanes(Vec<C> value) {
-  C part[kLanes<C>];
-  store(part, value);
-#pragma GCC unroll 8
-  for (int half = kLanes<C> / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+template <typename C, int N>
+struct Lanes {
+  typedef C Vec __attribute__((vector_size(N * sizeof(C))));
+};
+
+// By halves, each a vector: left to itself, the compiler adds lane by lane.
+template <typename C, int N = kLanes<C>>
+C sum_lanes(typename Lanes<C, N>::Vec value) {
+  if constexpr (N == 2) {
+    return value[0] + value[1];
+  } else {
+    typename Lanes<C, N / 2>::Vec half[2];
+    std::memcpy(half, &value, sizeof(value));
+    return sum_lanes<C, N / 2>(half[0] + half[1]);
   }
-  return part[0];
 }
 
-template <typename C>
-C dot(const C* a, const C* b, std::int64_t D) {
+// Memory to fetch into L2, N rows in step with N others in use. Line by line, since a burst of
+// lines of one row waits for one page and one place in memory (half the rate).
+template <int N>
+struct Ahead {
+  const char* rows[N];
+  std::int64_t element_size, row_bytes;
+};
+
+// out[r] <- <query, rows[r]>, N rows at once.
+template <int N, typename C>
+void dot_rows(C* out, const C* query, const C* const* rows, std::int64_t D, const Ahead<N>* ahead) {
   using V = Vec<C>;
-  V even{}, odd{};
+  constexpr std::int64_t kLineElements = kLine / sizeof(C);
+  V sum[N] = {};
   std::int64_t d = 0;
-  for (; d + 2 * kLanes<C> <= D; d += 2 * kLanes<C>) {
-    even += load<V>(a + d) * load<V>(b + d);
-    odd += load<V>(a + d + kLanes<C>) * load<V>(b + d + kLanes<C>);
+  for (; d + kLineElements <= D; d += kLineElements) {
+#pragma GCC unroll 4
+    for (int r = 0; ahead != nullptr && r < N; ++r) {
+      __builtin_prefetch(ahead->rows[r] + d * ahead->element_size, 0, 2);
+    }
+#pragma GCC unroll 4
+    for (std::int64_t v = d; v < d + kLineElements; v += kLanes<C>) {
+      const V q = load<V>(query + v);
+#pragma GCC unroll 4
+      for (int r = 0; r < N; ++r) sum[r] += q * load<V>(rows[r] + v);
+    }
   }
-  C sum = sum_lanes<C>(even + odd);
-  for (; d < D; ++d) sum += a[d] * b[d];
-  return sum;
+  for (; d + kLanes<C> <= D; d += kLanes<C>) {
+    const V q = load<V>(query + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < N; ++r) sum[r] += q * load<V>(rows[r] + d);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < N; ++r) {
+    if (ahead != nullptr && D % kLineElements != 0)
+      __builtin_prefetch(ahead->rows[r] + ahead->row_bytes - 1, 0, 2);
+    out[r] = sum_lanes<C>(sum[r]);
+    for (std::int64_t tail = d; tail < D; ++tail) out[r] += query[tail] * rows[r][tail];
+  }
 }
 
-// Logits of the chunk; the rows of the chunk's successor are fetched meanwhile.
-template <typename C>
+template <int N, typename Rows, typename C>
+void some_logits(Chunk<C>& chunk, const IndexedContrastInputs& inputs, const C* query,
+                 const Rows& rows, std::int64_t n) {
+  const BankContrastInputs& in = inputs.bank;
+  if constexpr (std::is_same_v<Rows, ListedRows>) {
+    const std::int64_t size = element_size(in.bank_dtype);
+    Ahead<N> ahead{{}, size, in.D * size};
+    for (int r = 0; r < N; ++r) {
+      ahead.rows[r] =
+          static_cast<const char*>(in.bank) + rows.ahead(chunk.position[n + r]) * ahead.row_bytes;
+    }
+    dot_rows<N>(chunk.logits + n, query, chunk.rows + n, in.D, &ahead);
+  } else {
+    dot_rows<N, C>(chunk.logits + n, query, chunk.rows + n, in.D, nullptr);
+  }
+}
+
+template <typename Rows, typename C>
 void chunk_logits(Chunk<C>& chunk, const IndexedContrastInputs& inputs, std::int64_t i,
-                  std::int64_t end) {
+                  const Rows& rows) {
   const BankContrastInputs& in = inputs.bank;
   const C* query = static_cast<const C*>(in.query) + i * in.D;
-  const C* bank = static_cast<const C*>(in.bank);
-  const bool in_place = in.bank_dtype == in.dtype;
-  for (std::int64_t n = 0; n < chunk.size; ++n) {
-    const std::int64_t ahead = chunk.position[n] + kAhead;
-    if (in_place && ahead < end) fetch(bank + inputs.index[i * inputs.M + ahead] * in.D, in.D);
-    chunk.logits[n] =
-        dot(query, chunk.rows[n], in.D) * (static_cast<C>(in.inv_temperature) * chunk.scale[n]);
+  std::int64_t n = 0;
+  for (; n + kDots <= chunk.size; n += kDots) {
+    some_logits<kDots>(chunk, inputs, query, rows, n);
   }
-  for (std::int64_t n = chunk.size; n < kChunk; ++n) {
+  for (; n < chunk.size; ++n) some_logits<1>(chunk, inputs, query, rows, n);
+  for (n = 0; n < chunk.size; ++n) {
+    chunk.logits[n] *= static_cast<C>(in.inv_temperature) * chunk.scale[n];
+  }
+  for (; n < kChunk; ++n) {
     chunk.logits[n] = -kInfinity<C>;
     chunk.scale[n] = 0;
   }
 }
 
-// Brings the shift up to the chunk's maximum, and the sums with it: those of the run, and O.
+// Brings the shift up to the chunk's maximum, and the sums with it.
 template <typename C>
-void follow_maximum(const IndexedSums<C>& out, C* run, const Chunk<C>& chunk, std::int64_t D) {
-  C maximum = -kInfinity<C>;
-  for (std::int64_t n = 0; n < chunk.size; ++n) {
-    maximum = chunk.logits[n] > maximum ? chunk.logits[n] : maximum;
+void follow_maximum(const IndexedSums<C>& sums, const Chunk<C>& chunk, std::int64_t D) {
+  Vec<C> highest = splat(*sums.shift);
+  for (std::int64_t n = 0; n < kChunk; n += kLanes<C>) {
+    const Vec<C> logits = load<Vec<C>>(chunk.logits + n);
+    highest = logits > highest ? logits : highest;
   }
-  if (!(maximum > *out.shift)) return;
-  const C factor = exp(splat(*out.shift - maximum))[0];
-  *out.shift = maximum;
-  *out.total *= static_cast<double>(factor);
+  C maximum = *sums.shift;
+  for (int lane = 0; lane < kLanes<C>; ++lane) {
+    maximum = highest[lane] > maximum ? highest[lane] : maximum;
+  }
+  if (!(maximum > *sums.shift)) return;
+  const C factor = exp(splat(*sums.shift - maximum))[0];
+  *sums.shift = maximum;
+  *sums.total *= static_cast<double>(factor);
   for (std::int64_t d = 0; d < D; ++d) {
-    run[d] *= factor;
-    out.weighted_rows[d] *= factor;
+    sums.run[d] *= factor;
+    sums.weighted_rows[d] *= factor;
   }
 }
 
@@ -157,16 +230,19 @@ C chunk_weights(const Objective& objective, C* weights, const Chunk<C>& chunk, C
   return sum_lanes<C>(sum);
 }
 
-// sums[d..] += weights x rows[d..], N vectors of columns; returns the first column after them.
-template <int N, typename C>
-std::int64_t add_columns(C* sums, const Chunk<C>& chunk, const C* weights, std::int64_t d) {
+// sums[d..] += weights x rows[d..], N vectors of columns; what the
+// rows have to fetch goes with the first. Returns the first column after them.
+template <int N, typename Rows, typename C>
+std::int64_t add_columns(C* sums, const Chunk<C>& chunk, const C* weights, std::int64_t d,
+                         const Rows& rows) {
   using V = Vec<C>;
   V sum[N] = {};
   for (std::int64_t n = 0; n < chunk.size; ++n) {
-#pragma GCC unroll 4
+    if (d == 0) rows.fetch_one();
+#pragma GCC unroll 8
     for (int v = 0; v < N; ++v) sum[v] += load<V>(chunk.rows[n] + d + v * kLanes<C>) * weights[n];
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int v = 0; v < N; ++v) {
     C* to = sums + d + v * kLanes<C>;
     store(to, load<V>(to) + sum[v]);
@@ -174,74 +250,91 @@ std::int64_t add_columns(C* sums, const Chunk<C>& chunk, const C* weights, std::
   return d + N * kLanes<C>;
 }
 
-template <typename C>
-void add_rows(C* sums, const Chunk<C>& chunk, const C* weights, std::int64_t D) {
+template <typename Rows, typename C>
+void add_rows(C* sums, const Chunk<C>& chunk, const C* weights, std::int64_t D, const Rows& rows) {
   std::int64_t d = 0;
-  while (d + kColumns * kLanes<C> <= D) d = add_columns<kColumns>(sums, chunk, weights, d);
-  while (d + kLanes<C> <= D) d = add_columns<1>(sums, chunk, weights, d);
+  while (d + kColumns * kLanes<C> <= D) d = add_columns<kColumns>(sums, chunk, weights, d, rows);
+  while (d + kLanes<C> <= D) d = add_columns<1>(sums, chunk, weights, d, rows);
   for (; d < D; ++d) {
     C sum = 0;
-    for (std::int64_t n = 0; n < chunk.size; ++n) sum += chunk.rows[n][d] * weights[n];
+    for (std::int64_t n = 0; n < chunk.size; ++n) {
+      if (d == 0) rows.fetch_one();
+      sum += chunk.rows[n][d] * weights[n];
+    }
     sums[d] += sum;
   }
 }
 
 template <typename C>
-void end_run(C* weighted_rows, C* run, std::int64_t D) {
+void end_run(const IndexedSums<C>& sums, std::int64_t D) {
   for (std::int64_t d = 0; d < D; ++d) {
-    weighted_rows[d] += run[d];
-    run[d] = 0;
+    sums.weighted_rows[d] += sums.run[d];
+    sums.run[d] = 0;
   }
+  *sums.rows_in_run = 0;
 }
 
-template <typename Objective, typename C>
-void scan_positions(const Objective& objective, const IndexedSums<C>& out,
-                    const IndexedContrastInputs& inputs, std::int64_t i, std::int64_t begin,
-                    std::int64_t end, C* scratch) {
+template <typename Rows, typename C>
+void scan(const IndexedSums<C>& sums, const IndexedContrastInputs& inputs, std::int64_t i,
+          const Rows& rows, C* converted) {
   const std::int64_t D = inputs.bank.D;
-  C *run = scratch, *converted = scratch + D;
-  *out.total = 0;
-  for (std::int64_t d = 0; d < D; ++d) out.weighted_rows[d] = run[d] = 0;
   Chunk<C> chunk;
   C weights[kChunk];
-  for (std::int64_t chunks = 1; begin < end; begin += kChunk, ++chunks) {
-    load_chunk(chunk, inputs, i, begin, end, converted);
-    if (chunk.size > 0) {
-      chunk_logits(chunk, inputs, i, end);
-      if constexpr (Objective::kFollowsMaximum) follow_maximum(out, run, chunk, D);
-      const C shift = *out.shift == -kInfinity<C> ? C{0} : *out.shift;  // no finite logit so far
-      *out.total += static_cast<double>(chunk_weights(objective, weights, chunk, shift));
-      add_rows(run, chunk, weights, D);
-    }
-    if (chunks % kChunksPerRun == 0) end_run(out.weighted_rows, run, D);
-  }
-  end_run(out.weighted_rows, run, D);
-}
-
-template <typename C>
-void scan(const IndexedSums<C>& out, const IndexedContrastInputs& inputs, std::int64_t i,
-          std::int64_t begin, std::int64_t end, C* scratch) {
   with_objective<C>(inputs.bank, [&](const auto& objective) {
-    scan_positions(objective, out, inputs, i, begin, end, scratch);
+    for (std::int64_t begin = 0; begin < rows.size; begin += kChunk) {
+      load_chunk(chunk, inputs, i, rows, begin, converted);
+      if (chunk.size == 0) continue;
+      chunk_logits(chunk, inputs, i, rows);
+      if constexpr (objective.kFollowsMaximum) follow_maximum(sums, chunk, D);
+      const C shift = *sums.shift == -kInfinity<C> ? C{0} : *sums.shift;  // no finite logit so far
+      *sums.total += static_cast<double>(chunk_weights(objective, weights, chunk, shift));
+      add_rows(sums.run, chunk, weights, D, rows);
+      *sums.rows_in_run += chunk.size;
+      if (*sums.rows_in_run >= kRowsPerRun) end_run(sums, D);
+    }
   });
 }
 
 template <typename C>
-void coefficients(C* coefficient, const IndexedContrastInputs& inputs, std::int64_t i, C grad,
-                  C lse_high, C lse_low, C* scratch) {
-  const C share = grad * static_cast<C>(inputs.bank.inv_temperature);
+void scan_list(const IndexedSums<C>& sums, const IndexedContrastInputs& inputs, std::int64_t i,
+               const std::int64_t* list, std::int64_t size, C* scratch) {
+  scan(sums, inputs, i, ListedRows{list, size}, scratch);
+}
+
+template <typename C>
+void scan_block(const IndexedSums<C>& sums, const IndexedContrastInputs& inputs, std::int64_t i,
+                const BlockRows& rows, Upcoming& upcoming, C* scratch) {
+  scan(sums, inputs, i, RowsOfBlock{rows.number, rows.first, rows.size, upcoming}, scratch);
+}
+
+template <typename C>
+void add_gradient(double* gradient, const IndexedContrastInputs& inputs, std::int64_t i,
+                  const BlockRows& block, Upcoming& upcoming, const QueryGradient<C>& upstream,
+                  C* scratch) {
+  const BankContrastInputs& in = inputs.bank;
+  const RowsOfBlock rows{block.number, block.first, block.size, upcoming};
+  const C share = upstream.grad * static_cast<C>(in.inv_temperature);
+  double* query = reinterpret_cast<double*>(scratch);
+  C* converted = scratch + in.D * static_cast<std::int64_t>(sizeof(double) / sizeof(C));
+  for (std::int64_t d = 0; d < in.D; ++d) query[d] = static_cast<const C*>(in.query)[i * in.D + d];
   Chunk<C> chunk;
   C weights[kChunk];
-  for (std::int64_t m = 0; m < inputs.M; ++m) coefficient[m] = 0;
-  with_objective<C>(inputs.bank, [&](const auto& objective) {
-    for (std::int64_t begin = 0; begin < inputs.M; begin += kChunk) {
-      load_chunk(chunk, inputs, i, begin, inputs.M, scratch);
+  with_objective<C>(in, [&](const auto& objective) {
+    for (std::int64_t begin = 0; begin < rows.size; begin += kChunk) {
+      load_chunk(chunk, inputs, i, rows, begin, converted);
       if (chunk.size == 0) continue;
-      chunk_logits(chunk, inputs, i, inputs.M);
-      for (C& logit : chunk.logits) logit -= lse_high;
-      chunk_weights(objective, weights, chunk, lse_low);
+      chunk_logits(chunk, inputs, i, rows);
+      for (C& logit : chunk.logits) {
+        logit = (logit - upstream.lse_high) - upstream.lse_low;
+        // InfoNCE: no logit exceeds lse but by rounding.
+        if constexpr (objective.kFollowsMaximum) logit = logit > C{0} ? C{0} : logit;
+      }
+      chunk_weights(objective, weights, chunk, C{0});
       for (std::int64_t n = 0; n < chunk.size; ++n) {
-        coefficient[chunk.position[n]] = weights[n] * share;
+        rows.fetch_one();
+        const double coefficient = weights[n] * share;
+        double* sum = gradient + block.number[chunk.position[n]] * in.D;
+        for (std::int64_t d = 0; d < in.D; ++d) sum[d] += coefficient * query[d];
       }
     }
   });
@@ -249,10 +342,10 @@ void coefficients(C* coefficient, const IndexedContrastInputs& inputs, std::int6
 
 }  // namespace
 
-extern const IndexedKernels<float> kIndexedKernelsFloat = {scratch_size<float>, scan<float>,
-                                                           coefficients<float>};
-extern const IndexedKernels<double> kIndexedKernelsDouble = {scratch_size<double>, scan<double>,
-                                                             coefficients<double>};
+extern const IndexedKernels<float> kIndexedKernelsFloat = {scratch_size<float>, scan_list<float>,
+                                                           scan_block<float>, add_gradient<float>};
+extern const IndexedKernels<double> kIndexedKernelsDouble = {
+    scratch_size<double>, scan_list<double>, scan_block<double>, add_gradient<double>};
 
 }  // namespace CODIR_FAST_ISA_NAMESPACE
 }  // namespace codir_fast
