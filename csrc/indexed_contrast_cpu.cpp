@@ -181,9 +181,9 @@ Status forward(const BankContrastOutputs& outputs, const C* positive,
                const IndexedContrastInputs& inputs, const Executor& executor, Isa isa) {
   const BankContrastInputs& in = inputs.bank;
   const IndexedKernels<C>& kernel = kernels<C>(isa);
-  const Parts parts = cut(inputs);
-  return pays(parts, in) ? forward_by_blocks(outputs, positive, inputs, executor, kernel, parts)
-                         : forward_by_lists(outputs, positive, inputs, executor, kernel);
+  const Parts parts = Parts::cut(inputs);
+  return parts.pay(in) ? forward_by_blocks(outputs, positive, inputs, executor, kernel, parts)
+                       : forward_by_lists(outputs, positive, inputs, executor, kernel);
 }
 
 void store_gradient(void* dbank, const double* gradient, const Range& rows,
@@ -206,7 +206,7 @@ Status backward(void* dbank, const C* grad_loss, const double* lse,
   const IndexedKernels<C>& kernel = kernels<C>(isa);
   const std::int64_t threads = std::max(executor.num_threads, 1);
   const std::int64_t scratch_size = kernel.scratch_size(in.D);
-  BlockOrder order(whole(inputs), in);
+  BlockOrder order(Parts::whole(inputs), in);
   const std::int64_t gradient_size = order.block_rows() * in.D;
   const Buffer<C> scratch = allocate<C>(threads * scratch_size);
   const Buffer<double> gradients = allocate<double>(threads * gradient_size);

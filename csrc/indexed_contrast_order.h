@@ -19,39 +19,38 @@ constexpr std::int64_t kMaxPairs = 1 << 19;    // of a query and a row in a part
 constexpr std::int64_t kMaxQueries = 64;       // in a part
 constexpr std::int64_t kMinCell = 8;           // rows of a block that a query names, on average
 
-// The index is put in order by parts: so many queries, so many positions of each.
-struct Parts {
-  std::int64_t queries, positions, block_bits;
-};
-
 // The blocks are as large as fits, in rows of so many bytes.
-std::int64_t block_bits(std::int64_t row_bytes) {
+inline std::int64_t block_bits(std::int64_t row_bytes) {
   std::int64_t bits = 0;
   while (bits < kMaxBlockBits && (row_bytes << (bits + 1)) <= kBlockBytes) ++bits;
   return bits;
 }
 
-Parts cut(const IndexedContrastInputs& inputs) {
-  const BankContrastInputs& in = inputs.bank;
-  const std::int64_t queries = ceil_div(in.B, ceil_div(in.B, kMaxQueries));
-  return {queries, std::min(inputs.M, kMaxPairs / queries),
-          block_bits(in.D * element_size(in.bank_dtype))};
-}
+// The index is put in order by parts: so many queries, so many positions of each.
+struct Parts {
+  std::int64_t queries, positions, block_bits;
 
-// One part, for the gradient to the bank, which is summed beside the block.
-Parts whole(const IndexedContrastInputs& inputs) {
-  const BankContrastInputs& in = inputs.bank;
-  const std::int64_t bytes_per_element = element_size(in.bank_dtype) + sizeof(double);
-  return {in.B, inputs.M, block_bits(in.D * bytes_per_element)};
-}
+  static Parts cut(const IndexedContrastInputs& inputs) {
+    const BankContrastInputs& in = inputs.bank;
+    const std::int64_t queries = ceil_div(in.B, ceil_div(in.B, kMaxQueries));
+    return {queries, std::min(inputs.M, kMaxPairs / queries),
+            codir_fast::block_bits(in.D * element_size(in.bank_dtype))};
+  }
 
-// Whether putting the index in order costs less than it saves: rows are named more than once, a
-// query's rows of a block fill vectors, and the bank is not in L2 anyway.
-bool pays(const Parts& parts, const BankContrastInputs& in) {
-  return parts.queries * parts.positions >= in.K &&
-         (parts.positions << parts.block_bits) >= kMinCell * in.K &&
-         in.K * in.D * element_size(in.bank_dtype) > 4 * kBlockBytes;
-}
+  // One part, for the gradient to the bank, which is summed in double beside the block.
+  static Parts whole(const IndexedContrastInputs& inputs) {
+    const BankContrastInputs& in = inputs.bank;
+    const std::int64_t bytes = element_size(in.bank_dtype) + sizeof(double);
+    return {in.B, inputs.M, codir_fast::block_bits(in.D * bytes)};
+  }
+
+  // Whether putting the index in order costs less than it saves: rows are named more than once, a
+  // query's rows of a block fill vectors, and the bank is not in L2 anyway.
+  bool pay(const BankContrastInputs& in) const {
+    return queries * positions >= in.K && (positions << block_bits) >= kMinCell * in.K &&
+           in.K * in.D * element_size(in.bank_dtype) > 4 * kBlockBytes;
+  }
+};
 
 // A part of the index: per query its rows, block by block, and where each block's end.
 class BlockOrder {

@@ -1,6 +1,7 @@
 // indexed_contrast and its backward against the definition in double: both objectives, every
-// instruction set of this CPU, odd sizes, repeated and masked rows, storage types, any number of
-// threads. Outputs start as NaN, and so does what lies in rows that are not valid.
+// instruction set of this CPU, odd sizes, repeated, clustered and masked rows, storage types, any
+// number of threads; the index as it is and, for banks that L2 does not hold, put in order. Outputs
+// start as NaN, and so does what lies in rows that are not valid.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -10,6 +11,7 @@
 #include "check.h"
 #include "executors.h"
 #include "indexed_contrast.h"
+#include "indexed_contrast_order.h"
 #include "storage.h"
 
 using namespace codir_fast;
@@ -20,17 +22,23 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 struct Sizes {
   std::int64_t B, K, M, D;
+  bool in_order = false;  // the index is expected to be put in order
+  std::int64_t clusters = 0;
 };
 
+// Of as many clusters, where these are not 0: rows of one are alike to 1 %.
 template <typename Element>
-std::vector<Element> unit_rows(std::int64_t rows, std::int64_t D, std::mt19937& random) {
+std::vector<Element> unit_rows(std::int64_t rows, std::int64_t D, std::mt19937& random,
+                               std::int64_t clusters = 0) {
   std::normal_distribution<double> distribution;
   std::vector<Element> out(rows * D);
-  std::vector<double> row(D);
+  std::vector<double> row(D), centres(clusters * D);
+  for (double& value : centres) value = distribution(random);
   for (std::int64_t n = 0; n < rows; ++n) {
     double square = 0;
     for (double& value : row) {
       value = distribution(random);
+      if (clusters > 0) value = 0.01 * value + centres[n % clusters * D + (&value - row.data())];
       square += value * value;
     }
     for (std::int64_t d = 0; d < D; ++d) {
@@ -48,11 +56,11 @@ template <typename C, typename T>
 void test_against_definition(Sizes size, DType dtype, DType bank_dtype, double tolerance,
                              double out_tolerance, bool masks, Objective objective, Isa isa,
                              int num_threads) {
-  const auto [B, K, M, D] = size;
+  const auto [B, K, M, D, in_order, clusters] = size;
   std::mt19937 random(static_cast<unsigned>(B * 31 + M));
   const double inv_temperature = 4;
   const std::vector<C> query = unit_rows<C>(B, D, random), positive = unit_rows<C>(B, D, random);
-  std::vector<T> bank = unit_rows<T>(K, D, random);
+  std::vector<T> bank = unit_rows<T>(K, D, random, clusters);
   std::vector<std::int64_t> index(B * M), labels(B), bank_labels(K), exclude(B);
   std::vector<char> valid(K);
   std::vector<C> scale(K), grad(B);
@@ -91,6 +99,7 @@ void test_against_definition(Sizes size, DType dtype, DType bank_dtype, double t
   inputs.bank.noise_ratio = 0.3;
   inputs.index = index.data();
   inputs.M = M;
+  CHECK(supported(dtype, bank_dtype) && Parts::cut(inputs).pay(inputs.bank) == in_order);
 
   std::vector<C> loss(B, kNan), dinv(B, kNan);
   std::vector<double> lse(B, kNan);
@@ -173,10 +182,10 @@ struct Case {
 };
 
 Case random_case(Sizes size, Objective objective) {
-  const auto [B, K, M, D] = size;
+  const auto [B, K, M, D, in_order, clusters] = size;
   std::mt19937 random(9);
   Case out{unit_rows<float>(B, D, random), unit_rows<float>(B, D, random),
-           unit_rows<float>(K, D, random), std::vector<std::int64_t>(B * M)};
+           unit_rows<float>(K, D, random, clusters), std::vector<std::int64_t>(B * M)};
   for (std::int64_t& j : out.index) j = static_cast<std::int64_t>(random() % K);
   out.inputs.bank.query = out.query.data();
   out.inputs.bank.bank = out.bank.data();
@@ -190,6 +199,7 @@ Case random_case(Sizes size, Objective objective) {
   out.inputs.bank.noise_ratio = 0.3;
   out.inputs.index = out.index.data();
   out.inputs.M = M;
+  CHECK(B == 0 || Parts::cut(out.inputs).pay(out.inputs.bank) == in_order);
   return out;
 }
 
@@ -218,21 +228,31 @@ Results run(const Case& some, int num_threads, Isa isa) {
 
 // A NaN in a row that is named reaches all that comes of it, wherever the row stands in the list;
 // in one that is not named, nothing.
-void test_nan(Objective objective, Isa isa) {
-  for (const std::int64_t m : {0, 63, 64, 150}) {
-    Case some = random_case({3, 500, 151, 37}, objective);
-    const std::int64_t lone = 499;
+void test_nan(Sizes size, Objective objective, Isa isa) {
+  const std::int64_t K = size.K, M = size.M, D = size.D;
+  for (const std::int64_t m : {std::int64_t{0}, std::int64_t{63}, std::int64_t{64}, M - 1}) {
+    Case some = random_case(size, objective);
+    const std::int64_t lone = K - 1;
     for (std::int64_t& j : some.index) j = j == lone ? 0 : j;
-    some.bank[lone * 37 + 5] = static_cast<float>(kNan);
+    some.bank[lone * D + 5] = static_cast<float>(kNan);
     for (const float element : run(some, 2, isa).dbank) CHECK(!std::isnan(element));
 
-    some.index[151 + m] = lone;
+    some.index[M + m] = lone;
     const Results got = run(some, 2, isa);
     CHECK(!std::isnan(got.loss[0]) && std::isnan(got.loss[1]) && !std::isnan(got.loss[2]));
-    for (std::int64_t d = 0; d < 37; ++d) {
-      CHECK(std::isnan(got.dquery[37 + d]) && std::isnan(got.dbank[lone * 37 + d]));
+    for (std::int64_t d = 0; d < D; ++d) {
+      CHECK(std::isnan(got.dquery[D + d]) && std::isnan(got.dbank[lone * D + d]));
     }
   }
+}
+
+// Bit by bit, for a number of threads.
+void test_repeatable(Sizes size, Objective objective, Isa isa) {
+  const Case some = random_case(size, objective);
+  const Results once = run(some, 3, isa), again = run(some, 3, isa);
+  CHECK(once.loss == again.loss && once.lse == again.lse && once.dinv == again.dinv);
+  CHECK(once.dquery == again.dquery && once.dpositive == again.dpositive);
+  CHECK(once.dbank == again.dbank);
 }
 
 // Logits around 1e11 are rounded by thousands: a weight still is at most 1.
@@ -247,10 +267,11 @@ void test_huge_logits(Objective objective, Isa isa) {
   for (const float element : got.dbank) CHECK(std::abs(element) <= bound);
 }
 
-// One row, named 300,000 times: a running float sum would stagnate on it.
-void test_sums_of_sums(Objective objective, Isa isa) {
-  const std::int64_t M = 300000, D = 35;
-  Case some = random_case({1, 3, M, D}, objective);
+// One row of K, named 600,000 times: a running float sum would stagnate on it. So many positions
+// are put in order by two parts.
+void test_sums_of_sums(std::int64_t K, bool in_order, Objective objective, Isa isa) {
+  const std::int64_t M = 600000, D = 35;
+  Case some = random_case({1, K, M, D, in_order}, objective);
   std::fill(some.index.begin(), some.index.end(), 1);
   double dot = 0, positive = 0;
   for (std::int64_t d = 0; d < D; ++d) {
@@ -271,6 +292,7 @@ void test_sums_of_sums(Objective objective, Isa isa) {
       const double expected =
           (weight * some.bank[D + d] - positive_weight * some.positive[d]) / 0.07;
       CHECK_CLOSE(got.dquery[d], expected, 2e-6 * weight / 0.07);
+      CHECK_CLOSE(got.dbank[D + d], 0.5 * weight * some.query[d] / 0.07, 4e-6 * weight / 0.07);
     }
   }
 }
@@ -301,33 +323,51 @@ void test_empty_sizes(Objective objective, Isa isa) {
   for (const float loss : run(none, 2, isa).loss) CHECK(std::isfinite(loss));
 }
 
+// Every type, with a tolerance that float is held to.
+void test_types(Sizes size, bool masks, Objective objective, Isa isa, int num_threads) {
+  constexpr DType kF32 = DType::kFloat32, kF64 = DType::kFloat64;
+  test_against_definition<float, float>(size, kF32, kF32, 1e-5, 0, masks, objective, isa,
+                                        num_threads);
+  test_against_definition<double, double>(size, kF64, kF64, 1e-13, 0, masks, objective, isa,
+                                          num_threads);
+  test_against_definition<double, float>(size, kF64, kF32, 1e-13, 1e-7, masks, objective, isa,
+                                         num_threads);
+  test_against_definition<float, BFloat16>(size, kF32, DType::kBFloat16, 1e-5, 0.01, masks,
+                                           objective, isa, num_threads);
+  test_against_definition<float, Float16>(size, kF32, DType::kFloat16, 1e-5, 0.001, masks,
+                                          objective, isa, num_threads);
+}
+
 }  // namespace
 
 int main() {
   const Sizes sizes[] = {
       {1, 1, 1, 1}, {3, 5, 0, 7}, {2, 40, 67, 13}, {5, 90, 200, 128}, {2, 30, 150, 769}};
+  // Put in order whatever the type: more than 1 MiB of float16. Blocks, cells and chunks end at odd
+  // places; of 67 queries 34 are in a part, then 33.
+  const Sizes ordered[] = {{5, 5501, 1201, 97, true}, {67, 35003, 1031, 16, true}};
+  const Sizes clustered[] = {{4, 40009, 100003, 11, true, 64}, {1, 40009, 20011, 11, false, 64}};
+  const Sizes random_sizes[] = {{3, 500, 151, 37}, {3, 9001, 3203, 37, true}};
   for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
     if (isa > widest_isa()) continue;
     for (const Objective objective : {Objective::kInfoNce, Objective::kNce}) {
-      for (const Sizes& size : sizes) {
-        for (const bool masks : {false, true}) {
-          for (const int n : {1, 3}) {
-            test_against_definition<float, float>(size, DType::kFloat32, DType::kFloat32, 1e-5, 0,
-                                                  masks, objective, isa, n);
-            test_against_definition<double, double>(size, DType::kFloat64, DType::kFloat64, 1e-13,
-                                                    0, masks, objective, isa, n);
-            test_against_definition<double, float>(size, DType::kFloat64, DType::kFloat32, 1e-13,
-                                                   1e-7, masks, objective, isa, n);
-            test_against_definition<float, BFloat16>(size, DType::kFloat32, DType::kBFloat16, 1e-5,
-                                                     0.01, masks, objective, isa, n);
-            test_against_definition<float, Float16>(size, DType::kFloat32, DType::kFloat16, 1e-5,
-                                                    0.001, masks, objective, isa, n);
-          }
+      for (const int n : {1, 3}) {
+        for (const Sizes& size : sizes) {
+          for (const bool masks : {false, true}) test_types(size, masks, objective, isa, n);
+        }
+        for (const Sizes& size : ordered) test_types(size, n == 3, objective, isa, n);
+        for (const Sizes& size : clustered) {
+          test_against_definition<float, float>(size, DType::kFloat32, DType::kFloat32, 2e-6, 0,
+                                                false, objective, isa, n);
         }
       }
-      test_nan(objective, isa);
+      for (const Sizes& size : random_sizes) {
+        test_nan(size, objective, isa);
+        test_repeatable(size, objective, isa);
+      }
       test_huge_logits(objective, isa);
-      test_sums_of_sums(objective, isa);
+      test_sums_of_sums(3, false, objective, isa);
+      test_sums_of_sums(20011, true, objective, isa);
       test_empty_sizes(objective, isa);
     }
     test_without_negatives(isa);
