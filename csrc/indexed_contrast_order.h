@@ -109,7 +109,8 @@ class BlockOrder {
     }
   }
 
-  // Calls use(query, its rows, what to fetch meanwhile: the next block) for the block's pairs,
+  // Calls use(query, its rows, what to fetch meanwhile: the next block, unless hardly any row of it
+  // is likely to be named) for the block's pairs,
   // query by query, from pairs.begin to pairs.end.
   template <typename Use>
   void visit(std::int64_t block, const Range& pairs, const Use& use) const {
@@ -118,8 +119,8 @@ class BlockOrder {
     const std::int64_t row_bytes = in_.D * element_size(in_.bank_dtype);
     const char* bank = static_cast<const char*>(in_.bank);
     Upcoming upcoming{nullptr, nullptr, 0};
-    if (block + 1 < blocks) {
-      const Range next = rows(block + 1);
+    const Range next = rows(block + 1);
+    if (2 * (pairs.end - pairs.begin) >= next.end - next.begin && next.begin < next.end) {
       upcoming.at = bank + next.begin * row_bytes;
       upcoming.end = bank + next.end * row_bytes;
       upcoming.lines_per_row =

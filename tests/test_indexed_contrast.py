@@ -14,7 +14,10 @@ from codir_fast.ops.indexed_contrast import indexed_contrast
 from codir_fast.ops.registration import overload
 
 BACKENDS = ("cpu", "torch")
+# Here the index is put in the order of the bank: L2 does not hold it, and rows are named again.
+IN_ORDER = (5, 5501, 1201, 97)
 SIZES = [(1, 1, 1, 1), (3, 9, 5, 7), (2, 300, 131, 64), (17, 100, 63, 129), (33, 50, 65, 128)]
+SIZES += [IN_ORDER]
 EMPTY = [(0, 5, 3, 4), (4, 5, 0, 4), (2, 0, 0, 3)]
 DIFFERENTIABLE = ("query", "positive", "bank", "inv_temperature")
 
@@ -132,15 +135,29 @@ def test_all_rows_by_index_are_the_dense_pass(backend):
     )
 
 
-def test_repeated_runs_are_bit_equal():
-    case = make_case(33, 500, 300, 64)
-    upstream = torch.randn(33)
+@pytest.mark.parametrize("size", [(33, 500, 300, 64), IN_ORDER])
+def test_repeated_runs_are_bit_equal(size):
+    case = make_case(*size)
+    upstream = torch.randn(size[0])
     runs = [
         results(lambda *args: indexed_contrast(*args, backend="cpu"), case, upstream)
         for _ in range(3)
     ]
     for run in runs[1:]:
         assert all(map(torch.equal, run, runs[0]))
+
+
+@pytest.mark.parametrize("size", [(4, 500, 3000, 33), (4, 9001, 30000, 33)])
+def test_gradients_of_a_clustered_bank(size):
+    """Rows that are alike: a running sum in float32 would stagnate."""
+    B, K, M, D = size
+    case = make_case(B, K, M, D, masks=False)
+    centres = torch.randn(64, D)[torch.arange(K) % 64]
+    case.bank = F.normalize(centres + 0.01 * torch.randn(K, D), dim=1)
+    upstream = torch.rand(B) + 0.5
+    ours = results(lambda *args: indexed_contrast(*args, backend="cpu"), case, upstream)
+    exact = results(reference.indexed_contrast, case, upstream, torch.float64)
+    assert_close(ours, exact, torch.finfo(torch.float32).eps, condition=1 / 0.07)
 
 
 def test_index_out_of_range_is_refused_by_the_operator():
