@@ -388,7 +388,8 @@ IndexedContrastArguments indexed_contrast_arguments(
   check_size(index, "index", {view.B, index.size(1)});
   check_dtype(index, "index", ScalarType::Long, "int64");
   const std::int64_t* row = index.const_data_ptr<std::int64_t>();
-  for (std::int64_t n = 0; n < index.numel(); ++n) {
+  const std::int64_t numel = index.numel();
+  for (std::int64_t n = 0; n < numel; ++n) {
     STD_TORCH_CHECK(row[n] >= 0 && row[n] < view.K, "`index` must be in [0, ", view.K, "), got ",
                     row[n]);
   }
