@@ -39,8 +39,10 @@ Status masked_pool_cpu(void* pooled, std::int64_t* argmax, const HiddenState* hi
                        RealTokens real, std::int64_t L, std::int64_t B, std::int64_t H, DType dtype,
                        PoolMode mode, const Executor& executor, Isa isa) {
   const PoolKernels& kernel = kernels(isa);
-  const PoolTask task{pooled, argmax, hidden_states, real, L, B, H, dtype, mode};
-  const std::int64_t slices = (H + kPoolSlice - 1) / kPoolSlice;
+  // Whole rows are read in sequence; narrow slices are for threads that rows alone can't feed.
+  const std::int64_t slice = L * B < 4 * executor.num_threads ? 128 : kMaxPoolSlice;
+  const std::int64_t slices = (H + slice - 1) / slice;
+  const PoolTask task{pooled, argmax, hidden_states, real, L, B, H, slice, dtype, mode};
   return deal(L * B * slices, executor,
               [&](std::int64_t item) { return kernel.pool_item(task, item); });
 }

@@ -42,7 +42,8 @@ void add_group(Compute<T>* total, const T* states, std::int64_t stride_t,
 template <typename T>
 void mean_slice(T* out, const T* states, std::int64_t stride_t, const std::int64_t* tokens,
                 std::int64_t count, std::int64_t width) {
-  Compute<T> total[kPoolSlice] = {};
+  Compute<T> total[kMaxPoolSlice];
+  for (std::int64_t h = 0; h < width; ++h) total[h] = 0;
   std::int64_t n = 0;
   for (; n + kGroup <= count; n += kGroup) add_group(total, states, stride_t, tokens + n, width);
   for (; n < count; ++n) {
@@ -58,8 +59,8 @@ void max_slice(T* out, std::int64_t* argmax, const T* states, std::int64_t strid
                const std::int64_t* tokens, std::int64_t count, std::int64_t width) {
   // Positions are as wide as values, so that one vector compare serves both.
   using Position = std::conditional_t<sizeof(Compute<T>) == 4, std::int32_t, std::int64_t>;
-  Compute<T> best[kPoolSlice];
-  Position position[kPoolSlice];
+  Compute<T> best[kMaxPoolSlice];
+  Position position[kMaxPoolSlice];
   for (std::int64_t h = 0; h < width; ++h) {
     best[h] = to_compute(states[tokens[0] * stride_t + h]);
     position[h] = static_cast<Position>(tokens[0]);
@@ -84,10 +85,10 @@ void max_slice(T* out, std::int64_t* argmax, const T* states, std::int64_t strid
 // An item: one slice of H of one row of one layer.
 template <typename T>
 void pool(const PoolTask& task, std::int64_t item) {
-  const std::int64_t slices = (task.H + kPoolSlice - 1) / kPoolSlice;
-  const std::int64_t h = item % slices * kPoolSlice, b = item / slices % task.B,
+  const std::int64_t slices = (task.H + task.slice - 1) / task.slice;
+  const std::int64_t h = item % slices * task.slice, b = item / slices % task.B,
                      l = item / slices / task.B;
-  const std::int64_t width = task.H - h < kPoolSlice ? task.H - h : kPoolSlice,
+  const std::int64_t width = task.H - h < task.slice ? task.H - h : task.slice,
                      column = (b * task.L + l) * task.H + h;
   const std::int64_t* tokens = task.real.tokens + task.real.offsets[b];
   const std::int64_t count = task.real.offsets[b + 1] - task.real.offsets[b];

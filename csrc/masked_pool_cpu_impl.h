@@ -9,7 +9,7 @@
 
 namespace codir_fast {
 
-constexpr std::int64_t kPoolSlice = 256;  // columns of an item of work
+constexpr std::int64_t kMaxPoolSlice = 1024;
 
 struct PoolTask {
   void* pooled;
@@ -17,6 +17,7 @@ struct PoolTask {
   const HiddenState* hidden_states;
   RealTokens real;
   std::int64_t L, B, H;
+  std::int64_t slice;  // columns of an item of work, at most kMaxPoolSlice
   DType dtype;
   PoolMode mode;
 };

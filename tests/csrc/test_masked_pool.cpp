@@ -148,7 +148,7 @@ void test_float16_rounds_to_nearest_even() {
 
 int main() {
   for (const PoolMode mode : {PoolMode::kMean, PoolMode::kFirst, PoolMode::kLast, PoolMode::kMax}) {
-    for (const int num_threads : {1, 3}) {
+    for (const int num_threads : {1, 3, 8}) {  // 8: more than rows can feed, which are cut
       for (int set = 0; set <= static_cast<int>(widest_isa()); ++set) {
         const Isa isa = static_cast<Isa>(set);
         test_mode<float>(DType::kFloat32, mode, 0x1p-23, num_threads, isa);
