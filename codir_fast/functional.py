@@ -25,8 +25,9 @@ from codir_fast.negatives import (
     choose_negatives,
 )
 from codir_fast.ops.bank_contrast import bank_contrast
+from codir_fast.ops.contrast import compute_dtype
 from codir_fast.ops.indexed_contrast import indexed_contrast
-from codir_fast.unit_rows import unit_rows
+from codir_fast.ops.unit_rows import unit_rows
 
 OBJECTIVES = ("infonce", "nce")
 REDUCTIONS = ("none", "mean", "sum")
@@ -116,8 +117,11 @@ def contrastive_loss(
     """
     check_options(objective, reduction, normalize, symmetric)
     check_nce(objective, log_partition, num_data)
-    q, p = _prepare_pair(query, positive_key, normalize)
-    inv_temperature = _inverse(temperature, q)
+    _check_pair(query, positive_key)
+    # The operator brings query and positive to unit length, unless they serve as negatives too.
+    by_operator = normalize and not (negative_keys is None or symmetric)
+    q, p = (query, positive_key) if by_operator else _prepare(query, positive_key, normalize)
+    inv_temperature = _inverse(temperature, query)
     given = (labels, negative_labels, negative_index, exclude_index)
     negatives = choose_negatives(query, p, negative_keys, normalize, *given)
     log_z, counts = None, (1, 1)
@@ -126,10 +130,11 @@ def contrastive_loss(
         if 0 in counts:
             counts = (1, 1)
         if log_partition is None:
-            log_z = _log_partition(q, p, negatives, inv_temperature, symmetric, num_data, backend)
+            pair = _prepare(query, positive_key, normalize)
+            log_z = _log_partition(*pair, negatives, inv_temperature, symmetric, num_data, backend)
         else:
             log_z = _as_scalar(log_partition, query)
-    loss = _losses(q, p, negatives, inv_temperature, log_z, counts, backend)
+    loss = _losses(q, p, negatives, inv_temperature, log_z, counts, backend, by_operator)
     if symmetric:
         exchanged = _exchange(q, negatives)
         loss = (loss + _losses(p, q, exchanged, inv_temperature, log_z, counts, backend)) / 2
@@ -163,10 +168,11 @@ def estimate_log_partition(
     """
     check_options("nce", "mean", normalize, symmetric)
     check_nce("nce", None, num_data)
-    q, p = _prepare_pair(query, positive_key, normalize)
+    _check_pair(query, positive_key)
+    q, p = _prepare(query, positive_key, normalize)
     given = (labels, negative_labels, negative_index, exclude_index)
     negatives = choose_negatives(query, p, negative_keys, normalize, *given)
-    inv_temperature = _inverse(temperature, q)
+    inv_temperature = _inverse(temperature, query)
     return _log_partition(q, p, negatives, inv_temperature, symmetric, num_data, backend)
 
 
@@ -205,6 +211,7 @@ def _losses(
     log_partition: Tensor | None,
     counts: tuple[int, int],
     backend: str,
+    normalize: bool = False,
 ) -> Tensor:
     vectors = (query, positive, negatives.rows, inv_temperature)
     num_noise, num_data = counts
@@ -217,6 +224,7 @@ def _losses(
         "log_partition": log_partition,
         "num_noise": num_noise,
         "num_data": num_data,
+        "normalize": normalize,
     }
     if negatives.index is None:
         return bank_contrast(*vectors, **picks, backend=backend)
@@ -260,10 +268,9 @@ def _check_log_partition(log_partition: float) -> None:
         raise ValueError(f"`log_partition` must be finite, got {log_partition}")
 
 
-def _prepare_pair(query: Tensor, positive_key: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def _prepare(query: Tensor, positive_key: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Both in the dtype that the operators compute in, of unit rows if `normalize`."""
-    _check_pair(query, positive_key)
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(query.dtype)
     q, p = query.to(compute), positive_key.to(compute)
     if normalize:
         q, p = unit_rows(q), unit_rows(p)
@@ -300,7 +307,7 @@ def _inverse(temperature: float | Tensor, query: Tensor) -> Tensor:
         check_device("temperature", temperature, query.device, "`query` or on the CPU")
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
         check_temperature(temperature.item())
-    return temperature.to(query.dtype).reciprocal()
+    return temperature.to(compute_dtype(query.dtype)).reciprocal()
 
 
 def _as_scalar(log_partition: float | Tensor, query: Tensor) -> Tensor:

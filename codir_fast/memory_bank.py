@@ -42,6 +42,7 @@ class _Bank(nn.Module):
             labels = labels.to(self.rows.device)
         self.register_buffer("row_labels", labels)
         self._full = False
+        self._until_full = size  # rows to be written at least until every row is filled
 
     @property
     def dim(self) -> int:
@@ -51,8 +52,8 @@ class _Bank(nn.Module):
     def is_full(self) -> bool:
         """True once every row is known to be filled.
 
-        On a GPU finding out would wait for the device, so there it turns True only when a state is
-        loaded.
+        On a GPU finding out would wait for the device: there a queue knows after a whole turn, an
+        IndexedBank when a state is loaded.
         """
         return self._full
 
@@ -62,8 +63,16 @@ class _Bank(nn.Module):
 
     def _write(self, index: Tensor, keys: Tensor, momentum: float) -> None:
         bank_update(self.rows, index, keys, momentum, self.valid, backend="auto")
-        if not self._full and self.valid.is_cpu and not torch.compiler.is_compiling():
-            self._full = bool(self.valid.all())
+        if self._full or torch.compiler.is_compiling():
+            return
+        self._until_full -= index.numel()
+        if self._until_full <= 0:
+            self._find_if_full()
+
+    def _find_if_full(self) -> None:
+        if self.valid.is_cpu:
+            self._until_full = int((~self.valid).sum())
+            self._full = self._until_full == 0
 
     def _check_keys(self, keys: Tensor) -> None:
         check_tensor("keys", keys)
@@ -87,6 +96,8 @@ class _Bank(nn.Module):
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._full = not self.valid.is_meta and bool(self.valid.all())
+        self._until_full = self.rows.shape[0]
+        self._find_if_full()
 
     def extra_repr(self) -> str:
         size, dim = self.rows.shape
@@ -168,6 +179,11 @@ class MemoryQueue(_Bank):
         if self.row_labels is not None and labels is not None:
             self.row_labels[index] = labels[skipped:].to(torch.int64)
         self.position.copy_((self.position + N) % size)
+
+    def _find_if_full(self) -> None:
+        super()._find_if_full()
+        if not self.valid.is_cpu:
+            self._full = self._full or self._until_full <= 0  # every row has had its turn
 
     def _check_labels(self, keys: Tensor, labels: Tensor | None) -> None:
         if self.row_labels is None:

@@ -16,7 +16,8 @@ from codir_fast.checks import (
     check_tensor,
 )
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
-from codir_fast.unit_rows import EPS, unit_rows
+from codir_fast.ops.contrast import compute_dtype
+from codir_fast.ops.unit_rows import EPS, unit_rows
 
 Negatives: TypeAlias = Tensor | MemoryQueue | IndexedBank | None
 _WIDENED = 1 << 18  # elements, 1 MiB in float32
@@ -67,7 +68,9 @@ def choose_negatives(
     negative_index: Tensor | None,
     exclude_index: Tensor | None,
 ) -> ChosenNegatives:
-    """Checks all that picks the negatives; `positive` are the keys in the computing dtype."""
+    """Checks all that picks the negatives; `positive` are the keys, prepared where they serve as
+    negatives.
+    """
     chosen = _choose_rows(query, positive, negative_keys, normalize)
     if negative_index is not None:
         if chosen.in_batch:
@@ -90,7 +93,7 @@ def _choose_rows(
         valid = None if negative_keys.is_full else negative_keys.valid
         return ChosenNegatives(negative_keys.rows, source=negative_keys, valid=valid)
     _check_explicit(query, negative_keys)
-    rows, scale = _explicit(negative_keys.flatten(0, -2), positive.dtype, normalize)
+    rows, scale = _explicit(negative_keys.flatten(0, -2), compute_dtype(query.dtype), normalize)
     chosen = ChosenNegatives(rows, source=negative_keys, scale=scale)
     if chosen.own:
         B, M, _ = negative_keys.shape

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common.h"
+#include "simd/isa.h"
 
 namespace codir_fast {
 
@@ -16,6 +17,6 @@ namespace codir_fast {
 // something.
 Status bank_update_cpu(void* bank, bool* filled, const std::int64_t* index, const void* keys,
                        std::int64_t N, std::int64_t D, DType bank_dtype, double momentum,
-                       const Executor& executor);
+                       const Executor& executor, Isa isa = active_isa());
 
 }  // namespace codir_fast

@@ -22,6 +22,7 @@
 #include "executor.h"
 #include "indexed_contrast.h"
 #include "masked_pool.h"
+#include "unit_rows.h"
 
 namespace codir_fast {
 
@@ -218,9 +219,49 @@ std::vector<Tensor> masked_pool_backward(const Tensor& grad_view,
   return dhidden;
 }
 
+// Query or positive rows as a kernel takes them: dense, in the dtype of its arithmetic, of unit
+// length if `normalize`.
+struct PreparedRows {
+  Tensor rows;
+  std::vector<double> inverse_norm;  // empty unless normalised
+};
+
+DType compute_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+// The torch dtype of compute_dtype.
+std::int32_t torch_dtype(DType compute) {
+  return compute == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+PreparedRows prepare_rows(const Tensor& given, const char* name, DType compute, bool normalize) {
+  const DType dtype = dtype_of(given, name);
+  if (!normalize && dtype == compute) return {dense(given), {}};
+  const Tensor rows = dense(given);
+  const std::int64_t N = rows.size(0), D = rows.size(1);
+  PreparedRows out{new_tensor(torch_dtype(compute), {N, D}),
+                   std::vector<double>(normalize ? N : 0)};
+  check_status(
+      unit_rows_cpu(out.rows.mutable_data_ptr(), normalize ? out.inverse_norm.data() : nullptr,
+                    rows.const_data_ptr(), N, D, dtype, compute),
+      name);
+  return out;
+}
+
+// The gradient with respect to what was given, in place of the one with respect to `rows`.
+void bring_back(const Tensor& gradient, const PreparedRows& rows, DType compute) {
+  if (rows.inverse_norm.empty()) return;
+  check_status(
+      unit_rows_backward_cpu(gradient.mutable_data_ptr(), rows.rows.const_data_ptr(),
+                             rows.inverse_norm.data(), gradient.size(0), gradient.size(1), compute),
+      "gradient");
+}
+
 // Tensors made contiguous, kept alive while `view` points into them.
 struct BankContrastArguments {
-  Tensor query, bank, inv_temperature;
+  PreparedRows query;
+  Tensor bank, inv_temperature;
   OptionalTensor bank_scale, labels, bank_labels, exclude_index, valid;
   BankContrastInputs view;
 };
@@ -251,7 +292,7 @@ BankContrastArguments bank_contrast_arguments(
     const OptionalTensor& bank_scale, const OptionalTensor& labels,
     const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
     const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
-    std::int64_t num_data) {
+    std::int64_t num_data, bool normalize) {
   STD_TORCH_CHECK(query.dim() == 2 && query.is_cpu(), "`query` must be a (B, D) tensor on the CPU");
   STD_TORCH_CHECK(bank.dim() == 2, "`bank` must be a (K, D) tensor");
   const std::int64_t B = query.size(0), K = bank.size(0), D = query.size(1);
@@ -259,22 +300,21 @@ BankContrastArguments bank_contrast_arguments(
   check_size(bank, "bank", {K, D});
   STD_TORCH_CHECK(labels.has_value() == bank_labels.has_value(),
                   "`labels` and `bank_labels` go together");
-  const ScalarType dtype = query.scalar_type();
-  const DType compute = dtype_of(query, "query");
-  STD_TORCH_CHECK(compute == DType::kFloat32 || compute == DType::kFloat64,
-                  "`query` must be float32 or float64");
-
+  const DType compute = compute_dtype(dtype_of(query, "query"));
+  const bool is_double = compute == DType::kFloat64;
   BankContrastArguments arguments{
-      dense(query),
+      prepare_rows(query, "query", compute, normalize),
       dense(bank),
       inv_temperature,
-      vector_argument(bank_scale, "bank_scale", K, dtype, "of query's dtype"),
+      vector_argument(bank_scale, "bank_scale", K,
+                      is_double ? ScalarType::Double : ScalarType::Float,
+                      is_double ? "float64, as `query`" : "float32"),
       vector_argument(labels, "labels", B, ScalarType::Long, "int64"),
       vector_argument(bank_labels, "bank_labels", K, ScalarType::Long, "int64"),
       vector_argument(exclude_index, "exclude_index", B, ScalarType::Long, "int64"),
       vector_argument(valid, "valid", K, ScalarType::Bool, "bool"),
       {}};
-  arguments.view = {arguments.query.const_data_ptr(),
+  arguments.view = {arguments.query.rows.const_data_ptr(),
                     arguments.bank.const_data_ptr(),
                     data_or_null<void>(arguments.bank_scale),
                     data_or_null<std::int64_t>(arguments.labels),
@@ -298,33 +338,38 @@ BankContrastArguments bank_contrast_arguments(
 
 // Allocates the outputs and runs a kernel on them: run(outputs, positive data) -> Status.
 template <typename Run>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrast(const char* op, const Tensor& query,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrast(const char* op,
                                                             const Tensor& positive_view,
-                                                            const BankContrastInputs& view,
-                                                            const Run& run) {
-  const std::int64_t B = view.B, D = view.D;
+                                                            const BankContrastArguments& arguments,
+                                                            bool normalize, const Run& run) {
+  const std::int64_t B = arguments.view.B, D = arguments.view.D;
+  const DType compute = arguments.view.dtype;
   check_size(positive_view, "positive", {B, D});
-  check_dtype(positive_view, "positive", query.scalar_type(), "of query's dtype");
-  const Tensor positive = dense(positive_view);
-  Tensor loss = new_tensor(query, {B});
+  const PreparedRows positive = prepare_rows(positive_view, "positive", compute, normalize);
+  const std::int32_t dtype = torch_dtype(compute);
+  Tensor loss = new_tensor(dtype, {B});
   Tensor lse = new_tensor(aoti_torch_dtype_float64(), {B});
-  Tensor dquery = new_tensor(query, {B, D}), dpositive = new_tensor(query, {B, D});
-  Tensor dinv_temperature = new_tensor(query, {B});
+  Tensor dquery = new_tensor(dtype, {B, D}), dpositive = new_tensor(dtype, {B, D});
+  Tensor dinv_temperature = new_tensor(dtype, {B});
   check_status(
       run({loss.mutable_data_ptr(), lse.mutable_data_ptr<double>(), dquery.mutable_data_ptr(),
            dpositive.mutable_data_ptr(), dinv_temperature.mutable_data_ptr()},
-          positive.const_data_ptr()),
+          positive.rows.const_data_ptr()),
       op);
+  bring_back(dquery, arguments.query, compute);
+  bring_back(dpositive, positive, compute);
   return {loss, lse, dquery, dpositive, dinv_temperature};
 }
 
 // Allocates the bank's gradient and runs a kernel: run(dbank, grad_loss data, lse data) -> Status.
 template <typename Run>
 Tensor contrast_backward(const char* op, const Tensor& grad_loss_view, const Tensor& lse_view,
-                         const Tensor& query, const Tensor& bank, const Run& run) {
-  const std::int64_t B = query.size(0);
-  const Tensor grad_loss =
-      *vector_argument(grad_loss_view, "grad_loss", B, query.scalar_type(), "of query's dtype");
+                         const Tensor& bank, const BankContrastInputs& view, const Run& run) {
+  const std::int64_t B = view.B;
+  const bool is_double = view.dtype == DType::kFloat64;
+  const Tensor grad_loss = *vector_argument(grad_loss_view, "grad_loss", B,
+                                            is_double ? ScalarType::Double : ScalarType::Float,
+                                            is_double ? "float64, as `query`" : "float32");
   const Tensor lse = *vector_argument(lse_view, "lse", B, ScalarType::Double, "float64");
   Tensor dbank = new_tensor(bank, {bank.size(0), bank.size(1)});
   check_status(
@@ -337,11 +382,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_contrast(
     const OptionalTensor& bank_scale, const OptionalTensor& labels,
     const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
     const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
-    std::int64_t num_data) {
+    std::int64_t num_data, bool normalize) {
   const BankContrastArguments arguments =
       bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
-                              exclude_index, valid, log_partition, num_noise, num_data);
-  return contrast("bank_contrast", query, positive, arguments.view,
+                              exclude_index, valid, log_partition, num_noise, num_data, normalize);
+  return contrast("bank_contrast", positive, arguments, normalize,
                   [&](const BankContrastOutputs& outputs, const void* positive_data) {
                     return bank_contrast_cpu(outputs, positive_data, arguments.view,
                                              torch_executor());
@@ -354,11 +399,11 @@ Tensor bank_contrast_backward(const Tensor& grad_loss, const Tensor& query, cons
                               const OptionalTensor& bank_labels,
                               const OptionalTensor& exclude_index, const OptionalTensor& valid,
                               const OptionalTensor& log_partition, std::int64_t num_noise,
-                              std::int64_t num_data) {
+                              std::int64_t num_data, bool normalize) {
   const BankContrastArguments arguments =
       bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
-                              exclude_index, valid, log_partition, num_noise, num_data);
-  return contrast_backward("bank_contrast_backward", grad_loss, lse, query, bank,
+                              exclude_index, valid, log_partition, num_noise, num_data, normalize);
+  return contrast_backward("bank_contrast_backward", grad_loss, lse, bank, arguments.view,
                            [&](void* dbank, const void* grad_data, const double* lse_data) {
                              return bank_contrast_backward_cpu(dbank, grad_data, lse_data,
                                                                arguments.view, torch_executor());
@@ -376,10 +421,10 @@ IndexedContrastArguments indexed_contrast_arguments(
     const Tensor& index_view, const OptionalTensor& bank_scale, const OptionalTensor& labels,
     const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
     const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
-    std::int64_t num_data) {
+    std::int64_t num_data, bool normalize) {
   IndexedContrastArguments arguments{
       bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
-                              exclude_index, valid, log_partition, num_noise, num_data),
+                              exclude_index, valid, log_partition, num_noise, num_data, normalize),
       dense(index_view),
       {}};
   const BankContrastInputs& view = arguments.bank.view;
@@ -402,11 +447,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> indexed_contrast(
     const Tensor& index, const OptionalTensor& bank_scale, const OptionalTensor& labels,
     const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
     const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
-    std::int64_t num_data) {
+    std::int64_t num_data, bool normalize) {
   const IndexedContrastArguments arguments = indexed_contrast_arguments(
       query, bank, inv_temperature, index, bank_scale, labels, bank_labels, exclude_index, valid,
-      log_partition, num_noise, num_data);
-  return contrast("indexed_contrast", query, positive, arguments.bank.view,
+      log_partition, num_noise, num_data, normalize);
+  return contrast("indexed_contrast", positive, arguments.bank, normalize,
                   [&](const BankContrastOutputs& outputs, const void* positive_data) {
                     return indexed_contrast_cpu(outputs, positive_data, arguments.view,
                                                 torch_executor());
@@ -419,11 +464,11 @@ Tensor indexed_contrast_backward(const Tensor& grad_loss, const Tensor& query, c
                                  const OptionalTensor& labels, const OptionalTensor& bank_labels,
                                  const OptionalTensor& exclude_index, const OptionalTensor& valid,
                                  const OptionalTensor& log_partition, std::int64_t num_noise,
-                                 std::int64_t num_data) {
+                                 std::int64_t num_data, bool normalize) {
   const IndexedContrastArguments arguments = indexed_contrast_arguments(
       query, bank, inv_temperature, index, bank_scale, labels, bank_labels, exclude_index, valid,
-      log_partition, num_noise, num_data);
-  return contrast_backward("indexed_contrast_backward", grad_loss, lse, query, bank,
+      log_partition, num_noise, num_data, normalize);
+  return contrast_backward("indexed_contrast_backward", grad_loss, lse, bank, arguments.bank.view,
                            [&](void* dbank, const void* grad_data, const double* lse_data) {
                              return indexed_contrast_backward_cpu(dbank, grad_data, lse_data,
                                                                   arguments.view, torch_executor());
@@ -466,7 +511,7 @@ void bank_update(Tensor bank, const Tensor& index_view, const Tensor& keys_view,
 #define NEGATIVES                                                                \
   "Tensor? bank_scale=None, Tensor? labels=None, Tensor? bank_labels=None, "     \
   "Tensor? exclude_index=None, Tensor? valid=None, Tensor? log_partition=None, " \
-  "SymInt num_noise=1, SymInt num_data=1"
+  "SymInt num_noise=1, SymInt num_data=1, bool normalize=False"
 #define LOSS_AND_GRADIENTS \
   "(Tensor loss, Tensor lse, Tensor dquery, Tensor dpositive, Tensor dinv_temperature)"
 

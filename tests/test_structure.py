@@ -25,7 +25,6 @@ LEVELS = {
     "pooling": 3,
     "projection": 3,
     "sampling": 3,
-    "unit_rows": 3,
     "compat": 4,
     "distillation": 4,
     "cli": 5,

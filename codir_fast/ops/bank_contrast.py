@@ -12,6 +12,7 @@ from codir_fast.backend import resolve
 from codir_fast.ops import registration
 from codir_fast.ops.contrast import (
     Outputs,
+    PreparedPair,
     add_contrast_backend,
     objective_sums,
     objective_weights,
@@ -37,12 +38,14 @@ def bank_contrast(
     log_partition: Tensor | None = None,
     num_noise: int = 1,
     num_data: int = 1,
+    normalize: bool = False,
     *,
     backend: str,
 ) -> Tensor:
     """InfoNCE per query, (B,), or NCE where log Z is given; see
     codir_fast.functional.contrastive_loss.
 
+    Takes unit rows of query and positive itself if `normalize`; those of the bank are as they are.
     Differentiable in query, positive, bank and inv_temperature; bank_scale counts as a constant.
     Where the bank needs no gradient, the backward pass reads (B, .) tensors only, so that the bank
     may change before it.
@@ -50,7 +53,8 @@ def bank_contrast(
     op = _FORWARD[resolve("bank_contrast", backend, query.device)]
     masks = (labels, bank_labels, exclude_index, valid)
     vectors = (query, positive, bank, inv_temperature)
-    return op(*vectors, bank_scale, *masks, log_partition, num_noise, num_data)[0]
+    objective = (log_partition, num_noise, num_data)
+    return op(*vectors, bank_scale, *masks, *objective, normalize)[0]
 
 
 class _Negatives(NamedTuple):
@@ -76,14 +80,16 @@ def _torch(
     log_partition: Tensor | None = None,
     num_noise: int = 1,
     num_data: int = 1,
+    normalize: bool = False,
 ) -> Outputs:
     negatives = _Negatives(bank_scale, labels, bank_labels, exclude_index, valid)
-    inv_t = inv_temperature.to(query.dtype)
     with torch.autocast(query.device.type, enabled=False):
+        pair = PreparedPair(query, positive, normalize)
+        query, inv_t = pair.query, inv_temperature.to(pair.query.dtype)
         sums = objective_sums(query, log_partition, num_noise / num_data)
         for part in _parts(query, bank):
             sums.add(*_chunk(query, bank, part, inv_t, negatives))
-        return sums.finish(query, positive, inv_t)
+        return pair.bring_back(sums.finish(query, pair.positive, inv_t))
 
 
 def _parts(query: Tensor, bank: Tensor) -> Iterator[slice]:
@@ -137,12 +143,14 @@ def _torch_backward(
     log_partition: Tensor | None = None,
     num_noise: int = 1,
     num_data: int = 1,
+    normalize: bool = False,
 ) -> Tensor:
     negatives = _Negatives(bank_scale, labels, bank_labels, exclude_index, valid)
-    inv_t = inv_temperature.to(query.dtype)
     dbank = torch.empty_like(bank)
-    weighted_query = grad_loss[:, None] * query * inv_t
     with torch.autocast(query.device.type, enabled=False):
+        query = PreparedPair(query, query[:0], normalize).query
+        inv_t = inv_temperature.to(query.dtype)
+        weighted_query = grad_loss[:, None] * query * inv_t
         for part in _parts(query, bank):
             logits, _ = _chunk(query, bank, part, inv_t, negatives)
             weights = objective_weights(logits, lse, log_partition)
@@ -151,16 +159,20 @@ def _torch_backward(
     return dbank
 
 
-def _triton(*inputs: Any) -> Outputs:
+def _triton(query: Tensor, positive: Tensor, *inputs: Any) -> Outputs:
     from codir_fast.kernels import bank_contrast as kernel  # Triton is loaded on first use
 
-    return kernel.bank_contrast(*inputs)
+    *others, normalize = inputs
+    pair = PreparedPair(query, positive, normalize)
+    return pair.bring_back(kernel.bank_contrast(pair.query, pair.positive, *others))
 
 
-def _triton_backward(*inputs: Any) -> Tensor:
+def _triton_backward(grad_loss: Tensor, query: Tensor, *inputs: Any) -> Tensor:
     from codir_fast.kernels import bank_contrast as kernel
 
-    return kernel.bank_contrast_backward(*inputs)
+    *others, normalize = inputs
+    query = PreparedPair(query, query[:0], normalize).query
+    return kernel.bank_contrast_backward(grad_loss, query, *others)
 
 
 for _name, _forward, _backward in (

@@ -11,12 +11,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codir_fast.ops import registration
+from codir_fast.ops.unit_rows import unit_and_norm, unit_rows_backward
 from codir_fast.reference import NCE_EPS
 
 _BLOCK_ROWS = 256
 
-# loss, lse, dquery, dpositive, dinv_temperature; all in the query's dtype but lse, see `wide`
+# loss, lse, dquery, dpositive, dinv_temperature; all in compute_dtype of the query but lse, see
+# `wide`
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What arithmetic runs in for inputs of this dtype: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class PreparedPair:
+    """Query and positive (B, D) as a backend computes with them: in compute_dtype, unit rows if
+    `normalize`.
+    """
+
+    def __init__(self, query: Tensor, positive: Tensor, normalize: bool) -> None:
+        dtype = compute_dtype(query.dtype)
+        self.query, self.positive = query.to(dtype), positive.to(dtype)
+        self._norms: tuple[Tensor, Tensor] | None = None
+        if normalize:
+            self.query, query_norm = unit_and_norm(self.query)
+            self.positive, positive_norm = unit_and_norm(self.positive)
+            self._norms = query_norm, positive_norm
+
+    def bring_back(self, outputs: Outputs) -> Outputs:
+        """Outputs with the gradients with respect to what was given."""
+        if self._norms is None:
+            return outputs
+        loss, lse, dquery, dpositive, dinv_temperature = outputs
+        query_norm, positive_norm = self._norms
+        dquery = unit_rows_backward(dquery, self.query, query_norm)
+        dpositive = unit_rows_backward(dpositive, self.positive, positive_norm)
+        return loss, lse, dquery, dpositive, dinv_temperature
 
 
 class Sums(Protocol):
@@ -170,7 +202,7 @@ def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
     backward = registration.overload(f"{op}_backward", backend)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        query, positive, bank, inv_temperature, *picks, num_noise, num_data = inputs
+        query, positive, bank, inv_temperature, *picks, num_noise, num_data, normalize = inputs
         if any(pick is not None and pick.requires_grad for pick in picks):
             raise RuntimeError(
                 f"codir_fast: {op} has no gradient for `bank_scale` and `log_partition`"
@@ -179,7 +211,8 @@ def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(lse, dquery, dpositive, dinv_temperature)
         needs = ctx.needs_input_grad
-        ctx.num_picks, ctx.counts = len(picks), (num_noise, num_data)
+        ctx.num_picks, ctx.options = len(picks), (num_noise, num_data, normalize)
+        ctx.dtypes = query.dtype, positive.dtype
         ctx.inv_temperature_like = (inv_temperature.dtype, inv_temperature.device)
         # (B, .) tensors only, unless the bank needs a gradient: else it may change before backward.
         ctx.under_functorch = registration.under_functorch()
@@ -194,20 +227,20 @@ def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
 
     def differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * (6 + ctx.num_picks)
+            return (None,) * (7 + ctx.num_picks)
         given = ctx.saved_tensors[: 4 if ctx.under_functorch else 0]
         dquery, dpositive, dinv_temperature, *for_bank = ctx.saved_tensors[len(given) :]
         dtype, device = ctx.inv_temperature_like
         grads = (
-            None if dquery is None else grad_loss[:, None] * dquery,
-            None if dpositive is None else grad_loss[:, None] * dpositive,
-            backward(grad_loss.contiguous(), *for_bank, *ctx.counts) if for_bank else None,
+            None if dquery is None else _chained(grad_loss, dquery, ctx.dtypes[0]),
+            None if dpositive is None else _chained(grad_loss, dpositive, ctx.dtypes[1]),
+            backward(grad_loss.contiguous(), *for_bank, *ctx.options) if for_bank else None,
             None
             if dinv_temperature is None
             else (grad_loss * dinv_temperature).sum().to(dtype=dtype, device=device),
         )
         once = registration.first_derivative_only(op, grads, given)
-        return (*once, *(None,) * (ctx.num_picks + 2))
+        return (*once, *(None,) * (ctx.num_picks + 3))
 
     registration.register_fake(forward, _fake)
     registration.register_fake(backward, _fake_backward)
@@ -215,11 +248,23 @@ def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
     return registration.differentiable(forward, setup_context, differentiate)
 
 
+def _chained(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient (B, D) of each query's loss times what comes in, (B,), in the input's dtype."""
+    in_one_launch = not (
+        torch.is_grad_enabled() or torch.compiler.is_compiling() or registration.under_functorch()
+    )
+    if dtype == gradient.dtype or not in_one_launch:
+        return (grad_loss[:, None] * gradient).to(dtype)
+    out = torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(grad_loss[:, None], gradient, out=out)
+
+
 def _fake(query: Tensor, *_: Any, **__: Any) -> Outputs:
     B, D = query.shape
-    loss, dinv_temperature = query.new_empty(B), query.new_empty(B)
-    lse = wide(query.new_empty(B))
-    return loss, lse, query.new_empty(B, D), query.new_empty(B, D), dinv_temperature
+    like = query.new_empty(0, dtype=compute_dtype(query.dtype))
+    loss, dinv_temperature = like.new_empty(B), like.new_empty(B)
+    lse = wide(like.new_empty(B))
+    return loss, lse, like.new_empty(B, D), like.new_empty(B, D), dinv_temperature
 
 
 def _fake_backward(grad_loss: Tensor, query: Tensor, bank: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -11,6 +11,7 @@ from codir_fast.backend import resolve
 from codir_fast.ops import registration
 from codir_fast.ops.contrast import (
     Outputs,
+    PreparedPair,
     add_contrast_backend,
     objective_sums,
     objective_weights,
@@ -35,6 +36,7 @@ def indexed_contrast(
     log_partition: Tensor | None = None,
     num_noise: int = 1,
     num_data: int = 1,
+    normalize: bool = False,
     *,
     backend: str,
 ) -> Tensor:
@@ -42,12 +44,13 @@ def indexed_contrast(
     (B, M) int64.
 
     A row named twice counts twice; one that the masks leave out does not count. Differentiable in
-    query, positive, bank and inv_temperature.
+    query, positive, bank and inv_temperature; `normalize` as in bank_contrast.
     """
     op = _FORWARD[resolve("indexed_contrast", backend, query.device)]
     masks = (labels, bank_labels, exclude_index, valid)
     vectors = (query, positive, bank, inv_temperature)
-    return op(*vectors, index, bank_scale, *masks, log_partition, num_noise, num_data)[0]
+    objective = (log_partition, num_noise, num_data)
+    return op(*vectors, index, bank_scale, *masks, *objective, normalize)[0]
 
 
 def _torch(
@@ -64,14 +67,16 @@ def _torch(
     log_partition: Tensor | None = None,
     num_noise: int = 1,
     num_data: int = 1,
+    normalize: bool = False,
 ) -> Outputs:
-    inv_t = inv_temperature.to(query.dtype)
     picks = (bank_scale, labels, bank_labels, exclude_index, valid)
     with torch.autocast(query.device.type, enabled=False):
+        pair = PreparedPair(query, positive, normalize)
+        query, inv_t = pair.query, inv_temperature.to(pair.query.dtype)
         sums = objective_sums(query, log_partition, num_noise / num_data)
         for logits, rows, _ in _chunks(query, bank, inv_t, index, *picks):
             sums.add(logits, rows)
-        return sums.finish(query, positive, inv_t)
+        return pair.bring_back(sums.finish(query, pair.positive, inv_t))
 
 
 def _torch_backward(
@@ -89,12 +94,14 @@ def _torch_backward(
     log_partition: Tensor | None = None,
     num_noise: int = 1,
     num_data: int = 1,
+    normalize: bool = False,
 ) -> Tensor:
-    inv_t = inv_temperature.to(query.dtype)
     picks = (bank_scale, labels, bank_labels, exclude_index, valid)
-    dbank = torch.zeros_like(bank, dtype=query.dtype)
-    weighted_query = grad_loss[:, None] * query * inv_t
     with torch.autocast(query.device.type, enabled=False):
+        query = PreparedPair(query, query[:0], normalize).query
+        inv_t = inv_temperature.to(query.dtype)
+        dbank = torch.zeros_like(bank, dtype=query.dtype)
+        weighted_query = grad_loss[:, None] * query * inv_t
         for logits, _, part in _chunks(query, bank, inv_t, index, *picks):
             weights = objective_weights(logits, lse, log_partition)
             chosen = index[:, part]

@@ -14,10 +14,11 @@ using namespace codir_fast;
 
 namespace {
 
-constexpr std::int64_t K = 23, D = 17, N = 2000;  // enough for several threads
+constexpr std::int64_t K = 23, D = 37, N = 4000;  // enough for several threads
 
 template <typename Element>
-void test_against_definition(DType dtype, double tolerance, bool with_filled, int num_threads) {
+void test_against_definition(DType dtype, double tolerance, bool with_filled, int num_threads,
+                             Isa isa) {
   std::mt19937 random(11);
   std::normal_distribution<double> distribution;
   const double momentum = 0.5;
@@ -55,8 +56,8 @@ void test_against_definition(DType dtype, double tolerance, bool with_filled, in
 
   static_assert(sizeof(bool) == sizeof(char), "flags are bytes");
   CHECK(bank_update_cpu(bank.data(), with_filled ? reinterpret_cast<bool*>(filled.data()) : nullptr,
-                        index.data(), keys.data(), N, D, dtype, momentum,
-                        threads(num_threads)) == Status::kOk);
+                        index.data(), keys.data(), N, D, dtype, momentum, threads(num_threads),
+                        isa) == Status::kOk);
   for (std::int64_t n = 0; n < K * D; ++n) CHECK_CLOSE(to_compute(bank[n]), expected[n], tolerance);
   for (std::int64_t row = 0; with_filled && row < K; ++row)
     CHECK(filled[row] == expected_filled[row]);
@@ -67,10 +68,14 @@ void test_against_definition(DType dtype, double tolerance, bool with_filled, in
 int main() {
   for (const bool with_filled : {false, true}) {
     for (const int num_threads : {1, 2, 5}) {
-      test_against_definition<float>(DType::kFloat32, 1e-6, with_filled, num_threads);
-      test_against_definition<double>(DType::kFloat64, 1e-15, with_filled, num_threads);
-      test_against_definition<BFloat16>(DType::kBFloat16, 0.01, with_filled, num_threads);
-      test_against_definition<Float16>(DType::kFloat16, 0.001, with_filled, num_threads);
+      for (int isa = 0; isa <= static_cast<int>(widest_isa()); ++isa) {
+        test_against_definition<float>(DType::kFloat32, 1e-6, with_filled, num_threads, Isa(isa));
+        test_against_definition<double>(DType::kFloat64, 1e-15, with_filled, num_threads, Isa(isa));
+        test_against_definition<BFloat16>(DType::kBFloat16, 0.01, with_filled, num_threads,
+                                          Isa(isa));
+        test_against_definition<Float16>(DType::kFloat16, 0.001, with_filled, num_threads,
+                                         Isa(isa));
+      }
     }
   }
   return check::exit_code();

@@ -17,24 +17,28 @@ def unit_rows(x: Tensor) -> Tensor:
         return F.normalize(x, dim=1, eps=EPS)
     if x.requires_grad and torch.is_grad_enabled():
         return _UnitRows.apply(x)
-    return _unit(x)[0]
+    return unit_and_norm(x)[0]
 
 
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+def unit_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit rows (N, D), and max(|x|, 1e-12), (N, 1)."""
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(EPS)
     return x / norm, norm
+
+
+def unit_rows_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
+    """dx = (g - u (u.g)) / |x|; below 1e-12 the divisor is a constant: dx = g / 1e-12."""
+    along = (grad * unit).sum(1, keepdim=True) * (norm > EPS)
+    return torch.addcmul(grad, unit, along, value=-1) / norm
 
 
 class _UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        unit, norm = _unit(x)
+        unit, norm = unit_and_norm(x)
         ctx.save_for_backward(unit, norm)
         return unit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """dx = (g - u (u.g)) / |x|; below 1e-12 the divisor is a constant: dx = g / 1e-12."""
-        unit, norm = ctx.saved_tensors
-        along = (grad * unit).sum(1, keepdim=True) * (norm > EPS)
-        return torch.addcmul(grad, unit, along, value=-1) / norm
+        return unit_rows_backward(grad, *ctx.saved_tensors)
