@@ -5,6 +5,7 @@ Triton kernels; "cuda" the hand-written ones. What can't run here says why; noth
 silently.
 """
 
+import functools
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -20,19 +21,20 @@ NAMES = ("torch", "cpu", "triton", "cuda")
 _OPS_OF: dict[str, tuple[str, ...]] = {
     "torch": OPS,
     "cpu": OPS,
-    "triton": ("masked_pool", "bank_contrast"),
+    "triton": OPS,
     "cuda": (),
 }
 
-# What "auto" takes: (device type, operator) -> backend; a pair that isn't here runs "torch".
-# A row is here once it has been compared with float64 on that device. The Triton kernels have been
-# run by the interpreter and compiled for sm_90, not yet seen on a GPU: they are reached by name.
+# What "auto" takes: (device type, operator) -> backends in order, of which the first that can run
+# there is taken: Triton has no float64 but in masked_pool, and embeddings of up to 4096 columns.
+# What isn't here runs "torch". The rows of the CPU are compared with float64 there, in every test
+# run. Those of CUDA, sm_80 and newer, stand on Triton's interpreter and on what the compiler makes
+# of the kernels (make static-gpu): no row of it has been seen on a GPU yet.
 AUTO = {
-    ("cpu", "masked_pool"): "cpu",
-    ("cpu", "bank_contrast"): "cpu",
-    ("cpu", "indexed_contrast"): "cpu",
-    ("cpu", "bank_update"): "cpu",
+    **{("cpu", op): ("cpu",) for op in OPS},
+    **{("cuda", op): ("triton", "torch") for op in OPS},
 }
+_TRITON_MAX_DIM = 4096
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ def backends() -> dict[str, BackendStatus]:
     return status
 
 
-def resolve(op: str, backend: str, device: torch.device) -> str:
-    """The backend that runs `op` on tensors of `device`: `backend` itself, or what AUTO says.
+def resolve(op: str, backend: str, inputs: torch.Tensor) -> str:
+    """The backend that runs `op` on tensors like `inputs` (its device, dtype, and last size as the
+    width of an embedding): `backend` itself, or what AUTO says.
 
     Raises:
         ValueError: `backend` is no backend's name.
@@ -67,22 +70,32 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
     """
     check_choice("backend", backend, ("auto", *NAMES))
     if backend == "auto":
-        return AUTO.get((device.type, op), "torch")
-    reason = _why_not(op, backend, device.type)
+        choices = AUTO.get((inputs.device.type, op), ("torch",))
+        if len(choices) == 1:
+            return choices[0]
+        return next(name for name in choices if not _why_not(op, name, inputs))
+    reason = _why_not(op, backend, inputs)
     if reason:
-        able = [name for name in NAMES if not _why_not(op, name, device.type)]
+        able = [name for name in NAMES if not _why_not(op, name, inputs)]
+        where = f"{op} on {inputs.device}"
         raise RuntimeError(
-            f"backend {backend!r} can't run {op} on {device}: {reason}; backends that can: {able}"
+            f"backend {backend!r} can't run {where}: {reason}; backends that can: {able}"
         )
     return backend
 
 
-def _why_not(op: str, backend: str, device_type: str) -> str:
-    """Empty when the backend can run the operator on that type of device."""
+def _why_not(op: str, backend: str, inputs: torch.Tensor) -> str:
+    """Empty when the backend can run the operator on such inputs."""
+    device_type = inputs.device.type
     if op not in _OPS_OF[backend]:
         return _availability(backend)[1] if backend == "cuda" else f"it has no {op}"
     if backend == "cpu" and device_type != "cpu":
         return "it needs tensors on the CPU"
+    if backend == "triton" and op != "masked_pool":
+        if inputs.dtype == torch.float64:
+            return "it has no float64"
+        if inputs.shape[-1] > _TRITON_MAX_DIM:
+            return f"D is {inputs.shape[-1]}, it takes up to {_TRITON_MAX_DIM}"
     if torch.compiler.is_compiling():  # the rest can't be traced: the operator itself will say it
         return ""
     available, reason = _availability(backend)
@@ -107,8 +120,13 @@ def _triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton_availability() -> tuple[bool, str]:
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return False, "the triton package is not installed"
     if _triton_interprets():
         return True, "Triton's interpreter (TRITON_INTERPRET=1): slow, for tests"

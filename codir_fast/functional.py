@@ -193,10 +193,11 @@ def _log_partition(
     for query, positive, chosen in directions:
         loss = _losses(query, positive, chosen, inv_temperature, None, (1, 1), backend)
         lse.append(loss + (query * positive).sum(1) * inv_temperature.to(query.dtype))
-        # Where all logits are 0, e^loss is the number of pairs; in double, it is exact.
+        # Where all logits are 0, e^loss is the number of pairs; in double, it is exact: by whatever
+        # backend has that.
         zero = torch.zeros_like(query, dtype=torch.float64)
         plain = replace(chosen, scale=None)
-        zero_loss = _losses(zero, zero, plain, inv_temperature, None, (1, 1), backend)
+        zero_loss = _losses(zero, zero, plain, inv_temperature, None, (1, 1), "auto")
         pairs.append(zero_loss.exp().round())
     log_mean = torch.logsumexp(torch.cat(lse), 0) - torch.cat(pairs).sum().log()
     log_n = log_mean.new_full((), num_data or negatives.num_rows or 1).log()

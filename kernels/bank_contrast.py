@@ -1,121 +1,208 @@
 """bank_contrast: contrastive loss of B queries against all K bank rows; loss and gradients in one
 bank pass.
 
-A program holds BLOCK_B queries and walks over its split of the bank: s = q.b/t, and for InfoNCE
-sums of e^s and of e^s b under a running maximum, as attention does with keys = values = bank; for
-NCE, with a = s - log Z - log(c + eps), sums of softplus(a) and of sigmoid(a) b. The second kernel
-merges the splits in a fixed order and finishes loss and gradients in float64. Nothing of size B x K
-exists; partial sums (splits, B, D + 2) are allocated by the launcher.
+Up to a width that registers hold, a program keeps BLOCK_B queries and walks over its split of the
+bank: s = q.b/t, weights e^{s - shift} (sigmoid in NCE), sums of weights and of weight * b, as
+attention does with keys = values = bank. Rows of unit length allow the fixed shift 1/t. A program
+whose sums overflow all the same, and float16, whose weights would vanish, follow the running
+maximum. Wider embeddings take two products over chunks of the bank that stay in cache: weights, then
+weights times rows. Either way combine_kernel merges the splits in a fixed order. Nothing of size
+B x K exists.
 """
 
-import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from codir_fast.kernels import tiles
+from codir_fast.kernels.contrast import (
+    LOG2E,
+    QUERY_DTYPES,
+    Problem,
+    add_compensated,
+    check,
+    logistic,
+    padded,
+    scalar,
+)
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-MAX_DIM = 256
-BANK_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-NCE_EPS = 1e-7  # as in codir_fast.reference
-
-# Three products of tf32 parts make one of float32; "fma" multiplies and adds as written.
-PRECISION = {torch.float32: "tf32x3", torch.float64: "fma"}
-
-
-@triton.jit
-def _load_rows(ptr, row, wanted, d, D, ACC: tl.constexpr):
-    inside = wanted[:, None] & (d < D)[None, :]
-    return tl.load(ptr + row[:, None] * D + d[None, :], mask=inside, other=0.0).to(ACC)
+# Of logits of unit rows, in units of log 2: terms e^{s - 1/t} down to e^{-2/t} are normal numbers.
+MAX_FIXED_SHIFT = tl.constexpr(62.5)
 
 
 @triton.jit
 def _load_scale(
-    scale_ptr, valid_ptr, j, K, ACC: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_VALID: tl.constexpr
+    scale_ptr, valid_ptr, j, K, HAS_SCALE: tl.constexpr, HAS_VALID: tl.constexpr
 ):
     """Scale of bank rows j, and which of them may be read: not past the end, and valid."""
     usable = j < K
     if HAS_VALID:
-        usable = tl.load(valid_ptr + j, mask=usable, other=0) != 0
-    scale = tl.full(j.shape, 1.0, ACC)
+        usable = usable & (tl.load(valid_ptr + j, mask=usable, other=0) != 0)
+    scale = tl.full(j.shape, 1.0, tl.float32)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + j, mask=usable, other=0.0)
     return scale, usable
 
 
 @triton.jit
-def _logistic(a):
-    """sigmoid(a) and softplus(a) = log(1 + e^a), with full relative precision where they are
-    tiny.
-    """
-    small = tl.exp(-tl.abs(a))
-    one = 1.0 + small
-    # log(one) misses what rounding took from `small` in the sum; the quotient puts it back.
-    exact = one == 1.0
-    log1p = tl.where(exact, small, tl.log(one) * (small / tl.where(exact, 1.0, one - 1.0)))
-    return tl.where(a > 0, 1.0, small) / one, tl.where(a > 0, a, 0.0) + log1p
-
-
-@triton.jit
-def _add_dots(total, a, b, PRECISION: tl.constexpr):
-    """total (M, N) + a (M, D) b^T (D, N)."""
-    if PRECISION == "fma":  # float64: Triton 3.6 can't chain its matrix instructions
-        total += tl.sum(a[:, None, :] * b[None, :, :], 2)
-    else:
-        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
-    return total
-
-
-@triton.jit
-def _add_rows(total, weight, rows, PRECISION: tl.constexpr):
-    """total (M, D) + weight (M, N) rows (N, D)."""
-    if PRECISION == "fma":
-        total += tl.sum(weight[:, :, None] * rows[None, :, :], 1)
-    else:
-        total = tl.dot(weight, rows, total, input_precision=PRECISION)
-    return total
-
-
-@triton.jit
-def _logits(
-    query_ptr,
-    bank_ptr,
-    labels_ptr,
-    bank_labels_ptr,
-    exclude_ptr,
-    i,
-    j,
+def _load_bank(
+    bank,
+    j0,
+    d0,
     usable,
-    scale,
-    B,
     D,
+    OPERAND: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Rows j0.. and columns d0.. of the bank, 0 where a row is not usable: it may hold NaN."""
+    if TMA:
+        rows = bank.load([tl.cast(j0, tl.int32), d0])
+        if HAS_VALID:
+            rows = tl.where(usable[:, None], rows, 0.0)
+    else:
+        d = d0 + tl.arange(0, BLOCK_D)
+        at = bank + j0 * D + (tl.arange(0, BLOCK_K)[:, None] * D + d[None, :])
+        rows = tl.load(at, mask=usable[:, None] & (d < D)[None, :], other=0.0)
+    return rows.to(OPERAND)
+
+
+@triton.jit
+def _load_queries(query_ptr, i, d, B, D):
+    inside = (i < B)[:, None] & (d < D)[None, :]
+    return tl.load(query_ptr + i[:, None] * D + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _mask(
+    s,
+    label,
+    excluded,
+    bank_labels_ptr,
+    j0,
+    usable,
+    K,
     HAS_LABELS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Logits (BLOCK_B, BLOCK_K), -inf where a row is no negative."""
+    # Places within the tile: a thread knows its own, and needs no register for each.
+    place = tl.arange(0, BLOCK_K)
+    if HAS_VALID:
+        s = tl.where(usable[None, :], s, -float("inf"))
+    elif HAS_TAIL:
+        left = tl.minimum(K - j0, BLOCK_K).to(tl.int32)
+        s = tl.where((place < left)[None, :], s, -float("inf"))
+    if HAS_LABELS:
+        bank_label = tl.load(bank_labels_ptr + j0 + place, mask=usable, other=-1)
+        s = tl.where(label[:, None] != bank_label[None, :], s, -float("inf"))
+    if HAS_EXCLUDE:
+        near = (excluded >= j0) & (excluded < j0 + BLOCK_K)
+        own = tl.where(near, (excluded - j0).to(tl.int32), -1)
+        s = tl.where(own[:, None] != place[None, :], s, -float("inf"))
+    return s
+
+
+@triton.jit
+def _load_picks(
+    labels_ptr, exclude_ptr, i, B, HAS_LABELS: tl.constexpr, HAS_EXCLUDE: tl.constexpr
+):
+    """Label and excluded row of each query."""
+    label, excluded = i, i
+    if HAS_LABELS:
+        label = tl.load(labels_ptr + i, mask=i < B, other=-1)
+    if HAS_EXCLUDE:
+        excluded = tl.load(exclude_ptr + i, mask=i < B, other=-1)
+    return label, excluded
+
+
+@triton.jit
+def _scan(
+    shift,
+    query,
+    label,
+    excluded,
+    bank,
+    scale_ptr,
+    bank_labels_ptr,
+    valid_ptr,
+    factor,
+    offset,
+    extra,
+    first,
+    end,
+    K,
+    D,
+    HAS_SCALE: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    NCE: tl.constexpr,
+    FOLLOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHUNK_D: tl.constexpr,
 ):
-    """scale_j q_i.b_j, -inf where j is not in A_i."""
-    ACC: tl.constexpr = query_ptr.dtype.element_ty
-    s = tl.zeros((BLOCK_B, BLOCK_K), ACC)
-    # In chunks: a whole query tile would fill the registers.
-    for d0 in range(0, BLOCK_D, CHUNK_D):
-        d = d0 + tl.arange(0, CHUNK_D)
-        query = _load_rows(query_ptr, i, i < B, d, D, ACC)
-        s = _add_dots(s, query, _load_rows(bank_ptr, j, usable, d, D, ACC), PRECISION)
-    allowed = (i < B)[:, None] & usable[None, :]
-    if HAS_LABELS:
-        label = tl.load(labels_ptr + i, mask=i < B, other=0)
-        bank_label = tl.load(bank_labels_ptr + j, mask=usable, other=0)
-        allowed &= label[:, None] != bank_label[None, :]
-    if HAS_EXCLUDE:
-        excluded = tl.load(exclude_ptr + i, mask=i < B, other=-1)
-        allowed &= excluded[:, None] != j[None, :]
-    return tl.where(allowed, s * scale[None, :], -float("inf"))
+    """Shift, sum of terms and of weighted rows over bank rows [first, end). FOLLOW: the shift is
+    the running maximum.
+    """
+    OPERAND: tl.constexpr = query.dtype
+    total = tl.zeros((BLOCK_B,), tl.float32)
+    lost = tl.zeros((BLOCK_B,), tl.float32)
+    rows = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    for j0 in tl.range(first, end, BLOCK_K):
+        j = j0 + tl.arange(0, BLOCK_K)
+        scale, usable = _load_scale(scale_ptr, valid_ptr, j, K, HAS_SCALE, HAS_VALID)
+        tile = _load_bank(bank, j0, 0, usable, D, OPERAND, HAS_VALID, TMA, BLOCK_K, BLOCK_D)
+        s = tl.dot(query, tl.trans(tile), input_precision=PRECISION) * factor
+        if HAS_SCALE:
+            s = s * scale[None, :]
+        s = _mask(
+            s,
+            label,
+            excluded,
+            bank_labels_ptr,
+            j0,
+            usable,
+            K,
+            HAS_LABELS,
+            HAS_EXCLUDE,
+            HAS_VALID,
+            HAS_TAIL,
+            BLOCK_K,
+        )
+        if NCE:
+            weight, term = logistic(s - offset)
+            term = tl.where(s == -float("inf"), 0.0, term + extra)
+        else:
+            if FOLLOW:
+                larger = tl.maximum(shift, tl.max(s, 1))
+                base = tl.where(larger == -float("inf"), 0.0, larger)  # no allowed row yet
+                rescale = tl.exp2(shift - base)
+                shift = larger
+                lost = lost * rescale
+                total = total * rescale
+                rows = rows * rescale[:, None]
+            else:
+                base = shift
+            weight = tl.exp2(s - base[:, None])
+            term = weight
+        total, lost = add_compensated(total, lost, tl.sum(term, 1))
+        if HAS_SCALE:
+            weight = weight * scale[None, :]
+        rows = tl.dot(weight.to(OPERAND), tile, rows, input_precision=PRECISION)
+    return shift, total, rows
 
 
 @triton.jit(do_not_specialize=["B", "K", "rows_per_split"])
@@ -124,14 +211,16 @@ def bank_contrast_kernel(
     total_ptr,
     rows_ptr,
     query_ptr,
-    bank_ptr,
-    inv_temperature_ptr,
+    bank,
     scale_ptr,
     labels_ptr,
     bank_labels_ptr,
     exclude_ptr,
     valid_ptr,
-    nce_ptr,
+    inv_temperature,
+    log_partition_ptr,
+    log_noise,
+    extra,
     B,
     K,
     D,
@@ -140,151 +229,312 @@ def bank_contrast_kernel(
     HAS_LABELS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
     NCE: tl.constexpr,
+    T_ON_DEVICE: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    FIXED: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    CHUNK_D: tl.constexpr,
 ):
-    """Grid (blocks of B, splits): maximum m (splits, B) of s, total sum of e^{s - m}, rows
-    (splits, B, D) sum of e^{s - m} b. NCE: m is 0, total the sum of its terms, rows that of
-    sigmoid(a) b; nce_ptr holds log Z + log(c + eps) and log(1 + eps / c).
+    """Grid (blocks of B, splits): maximum (splits, B) in units of log 2, total sum of
+    2^{s - maximum}, rows (splits, B, D) sum of 2^{s - maximum} b. NCE: maximum 0, total the sum of
+    its terms, rows that of sigmoid(a) b.
     """
-    ACC: tl.constexpr = query_ptr.dtype.element_ty
+    OPERAND: tl.constexpr = query_ptr.dtype.element_ty
     i = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    inv_temperature = tl.load(inv_temperature_ptr)
-    if NCE:
-        maximum = tl.zeros((BLOCK_B,), ACC)
-        offset = tl.load(nce_ptr)
-        extra = tl.load(nce_ptr + 1)
-    else:
-        maximum = tl.full((BLOCK_B,), -float("inf"), ACC)
-    total = tl.zeros((BLOCK_B,), ACC)
-    lost = tl.zeros((BLOCK_B,), ACC)
-    rows = tl.zeros((BLOCK_B, BLOCK_D), ACC)
+    query = _load_queries(query_ptr, i, d, B, D)
+    label, excluded = _load_picks(labels_ptr, exclude_ptr, i, B, HAS_LABELS, HAS_EXCLUDE)
     split = tl.program_id(1).to(tl.int64)
     first = split * rows_per_split
-    for j0 in range(first, tl.minimum(first + rows_per_split, K), BLOCK_K):
-        j = j0 + tl.arange(0, BLOCK_K)
-        scale, usable = _load_scale(scale_ptr, valid_ptr, j, K, ACC, HAS_SCALE, HAS_VALID)
-        s = _logits(
-            query_ptr,
-            bank_ptr,
-            labels_ptr,
+    end = tl.minimum(first + rows_per_split, K)
+    factor = scalar(inv_temperature, T_ON_DEVICE)
+    offset = 0.0
+    if NCE:
+        offset = tl.load(log_partition_ptr).to(tl.float32) + log_noise
+        shift = tl.zeros((BLOCK_B,), tl.float32)
+    else:
+        factor = factor * LOG2E
+        shift = tl.full((BLOCK_B,), -float("inf"), tl.float32)
+    fixed: tl.constexpr = NCE or (FIXED and OPERAND != tl.float16)
+    total = tl.zeros((BLOCK_B,), tl.float32)
+    rows = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    follow = True
+    if fixed:
+        fits = True
+        if not NCE:
+            shift = tl.full((BLOCK_B,), 0.0, tl.float32) + factor
+            fits = factor <= MAX_FIXED_SHIFT
+        shift, total, rows = _scan(
+            shift,
+            query,
+            label,
+            excluded,
+            bank,
+            scale_ptr,
             bank_labels_ptr,
-            exclude_ptr,
-            i,
-            j,
-            usable,
-            scale * inv_temperature,
-            B,
+            valid_ptr,
+            factor,
+            offset,
+            extra,
+            first,
+            tl.where(fits, end, first),
+            K,
             D,
+            HAS_SCALE,
             HAS_LABELS,
             HAS_EXCLUDE,
+            HAS_VALID,
+            HAS_TAIL,
+            NCE,
+            False,
             PRECISION,
+            TMA,
             BLOCK_B,
             BLOCK_K,
             BLOCK_D,
-            CHUNK_D,
         )
-        if NCE:
-            weight, term = _logistic(s - offset)
-            term = tl.where(s == -float("inf"), 0.0, term + extra)
-        else:
-            larger = tl.maximum(maximum, tl.max(s, 1))
-            shift = tl.where(larger == -float("inf"), 0.0, larger)  # no allowed row yet
-            rescale = tl.exp(maximum - shift)
-            weight = tl.exp(s - shift[:, None])
-            term = weight
-            maximum = larger
-            lost = lost * rescale
-            total = total * rescale
-            rows = rows * rescale[:, None]
-        # Compensated (Kahan): a sum of many tiles would wear off the last digits.
-        increment = tl.sum(term, 1) - lost
-        before = total
-        total = before + increment
-        lost = (total - before) - increment
-        bank = _load_rows(bank_ptr, j, usable, d, D, ACC)
-        rows = _add_rows(rows, weight * scale[None, :], bank, PRECISION)
+        overflow = tl.max(tl.where(total < float("inf"), 0, 1), 0) > 0  # NaN is not below it
+        follow = overflow | (not fits)
+    if not NCE:
+        if follow:
+            shift, total, rows = _scan(
+                tl.full((BLOCK_B,), -float("inf"), tl.float32),
+                query,
+                label,
+                excluded,
+                bank,
+                scale_ptr,
+                bank_labels_ptr,
+                valid_ptr,
+                factor,
+                offset,
+                extra,
+                first,
+                end,
+                K,
+                D,
+                HAS_SCALE,
+                HAS_LABELS,
+                HAS_EXCLUDE,
+                HAS_VALID,
+                HAS_TAIL,
+                NCE,
+                True,
+                PRECISION,
+                TMA,
+                BLOCK_B,
+                BLOCK_K,
+                BLOCK_D,
+            )
     out = split * B + i
-    tl.store(maximum_ptr + out, maximum, mask=i < B)
+    tl.store(maximum_ptr + out, shift, mask=i < B)
     tl.store(total_ptr + out, total, mask=i < B)
     inside = (i < B)[:, None] & (d < D)[None, :]
     tl.store(rows_ptr + out[:, None] * D + d[None, :], rows, mask=inside)
 
 
-@triton.jit(do_not_specialize=["B", "splits"])
-def bank_contrast_combine_kernel(
-    loss_ptr,
-    lse_ptr,
-    dquery_ptr,
-    dpositive_ptr,
-    dinv_temperature_ptr,
+@triton.jit
+def _product(
+    query_ptr,
+    bank,
+    i,
+    j0,
+    usable,
+    B,
+    D,
+    HAS_VALID: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK_D: tl.constexpr,
+):
+    """q_i.b_j over all D, CHUNK_D columns at a time. query_ptr: a descriptor with TMA."""
+    s = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
+    for d0 in tl.range(0, D, CHUNK_D):
+        if TMA:
+            query = query_ptr.load([tl.program_id(0) * BLOCK_B, d0])
+        else:
+            query = _load_queries(query_ptr, i, d0 + tl.arange(0, CHUNK_D), B, D)
+        tile = _load_bank(
+            bank, j0, d0, usable, D, query.dtype, HAS_VALID, TMA, BLOCK_K, CHUNK_D
+        )
+        s = tl.dot(query, tl.trans(tile), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit(do_not_specialize=["B", "K", "chunk_begin"])
+def bank_contrast_weights_kernel(
+    weights_ptr,
+    maximum_ptr,
+    total_ptr,
+    query_ptr,
+    bank,
+    scale_ptr,
+    labels_ptr,
+    bank_labels_ptr,
+    exclude_ptr,
+    valid_ptr,
+    inv_temperature,
+    log_partition_ptr,
+    log_noise,
+    extra,
+    B,
+    K,
+    D,
+    chunk_begin,
+    chunk_rows,
+    HAS_SCALE: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    NCE: tl.constexpr,
+    T_ON_DEVICE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK_D: tl.constexpr,
+):
+    """Grid (blocks of B, tiles of the chunk): weights (B, chunk_rows) relative to the tile's own
+    maximum, which is stored with the sum of terms, (tiles, B).
+    """
+    i = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_K
+    j0 = tl.cast(chunk_begin, tl.int64) + column
+    j = j0 + tl.arange(0, BLOCK_K)
+    scale, usable = _load_scale(scale_ptr, valid_ptr, j, K, HAS_SCALE, HAS_VALID)
+    s = _product(
+        query_ptr, bank, i, j0, usable, B, D, HAS_VALID, PRECISION, TMA, BLOCK_B, BLOCK_K, CHUNK_D
+    )
+    factor = scalar(inv_temperature, T_ON_DEVICE)
+    if not NCE:
+        factor = factor * LOG2E
+    s = s * factor
+    if HAS_SCALE:
+        s = s * scale[None, :]
+    label, excluded = _load_picks(labels_ptr, exclude_ptr, i, B, HAS_LABELS, HAS_EXCLUDE)
+    s = _mask(
+        s,
+        label,
+        excluded,
+        bank_labels_ptr,
+        j0,
+        usable,
+        K,
+        HAS_LABELS,
+        HAS_EXCLUDE,
+        HAS_VALID,
+        HAS_TAIL,
+        BLOCK_K,
+    )
+    if NCE:
+        offset = tl.load(log_partition_ptr).to(tl.float32) + log_noise
+        weight, term = logistic(s - offset)
+        term = tl.where(s == -float("inf"), 0.0, term + extra)
+        maximum = tl.zeros((BLOCK_B,), tl.float32)
+    else:
+        maximum = tl.max(s, 1)
+        weight = tl.exp2(s - tl.where(maximum == -float("inf"), 0.0, maximum)[:, None])
+        term = weight
+    out = tl.program_id(1).to(tl.int64) * B + i
+    tl.store(maximum_ptr + out, maximum, mask=i < B)
+    tl.store(total_ptr + out, tl.sum(term, 1), mask=i < B)
+    if HAS_SCALE:
+        weight = weight * scale[None, :]
+    at = weights_ptr + i[:, None] * chunk_rows + (column + tl.arange(0, BLOCK_K))[None, :]
+    tl.store(at, weight.to(weights_ptr.dtype.element_ty), mask=(i < B)[:, None])
+
+
+@triton.jit(do_not_specialize=["B", "K", "chunk_begin", "tiles_in_chunk", "tiles_per_split"])
+def bank_contrast_rows_kernel(
     maximum_ptr,
     total_ptr,
     rows_ptr,
-    query_ptr,
-    positive_ptr,
-    inv_temperature_ptr,
-    nce_ptr,
+    maximum_before_ptr,
+    total_before_ptr,
+    weights_ptr,
+    tile_maximum_ptr,
+    tile_total_ptr,
+    bank,
+    valid_ptr,
     B,
+    K,
     D,
-    splits,
+    chunk_begin,
+    chunk_rows,
+    tiles_in_chunk,
+    tiles_per_split,
+    HAS_VALID: tl.constexpr,
+    FIRST: tl.constexpr,
     NCE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (B,): merges the splits of one query."""
-    i = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    inside = d < D
-    largest = tl.full((BLOCK_S,), -float("inf"), tl.float64)
-    for n0 in range(0, splits, BLOCK_S):
-        n = (n0 + tl.arange(0, BLOCK_S)).to(tl.int64)
-        maximum = tl.load(maximum_ptr + n * B + i, mask=n < splits, other=-float("inf"))
-        largest = tl.maximum(largest, maximum.to(tl.float64))
-    largest = tl.max(largest, 0)
-    shift = tl.where(largest == -float("inf"), 0.0, largest)
-    total = tl.zeros((BLOCK_S,), tl.float64)
-    summed = tl.zeros((BLOCK_D,), tl.float64)
-    for n0 in range(0, splits, BLOCK_S):
-        n = (n0 + tl.arange(0, BLOCK_S)).to(tl.int64)
-        maximum = tl.load(maximum_ptr + n * B + i, mask=n < splits, other=-float("inf"))
-        weight = tl.exp(maximum.to(tl.float64) - shift)
-        total += weight * tl.load(total_ptr + n * B + i, mask=n < splits, other=0.0)
-        rows = tl.load(
-            rows_ptr + (n * B + i)[:, None] * D + d[None, :],
-            mask=(n < splits)[:, None] & inside[None, :],
+    """Grid (blocks of B, blocks of D, splits of the chunk): adds the chunk's weighted rows to those
+    of the chunks before, under the larger of their maxima.
+    """
+    OPERAND: tl.constexpr = weights_ptr.dtype.element_ty
+    i = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    d0 = tl.program_id(1) * BLOCK_D
+    d = d0 + tl.arange(0, BLOCK_D)
+    split = tl.program_id(2)
+    out = split.to(tl.int64) * B + i
+    at = rows_ptr + out[:, None] * D + d[None, :]
+    inside = (i < B)[:, None] & (d < D)[None, :]
+    if FIRST:
+        maximum = tl.full((BLOCK_B,), -float("inf"), tl.float32)
+        if NCE:
+            maximum = tl.zeros((BLOCK_B,), tl.float32)
+        total = tl.zeros((BLOCK_B,), tl.float32)
+        rows = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    else:
+        maximum = tl.load(maximum_before_ptr + out, mask=i < B, other=0.0)
+        total = tl.load(total_before_ptr + out, mask=i < B, other=0.0)
+        rows = tl.load(at, mask=inside, other=0.0)
+    lost = tl.zeros((BLOCK_B,), tl.float32)
+    end = tl.minimum((split + 1) * tiles_per_split, tiles_in_chunk)
+    for n in tl.range(split * tiles_per_split, end):
+        column = n * BLOCK_K + tl.arange(0, BLOCK_K)
+        weight = tl.load(
+            weights_ptr + i[:, None] * chunk_rows + column[None, :],
+            mask=(i < B)[:, None],
             other=0.0,
         )
-        summed += tl.sum(weight[:, None] * rows, 0)
-    total = tl.sum(total, 0)
-
-    query = tl.load(query_ptr + i * D + d, mask=inside, other=0.0).to(tl.float64)
-    positive = tl.load(positive_ptr + i * D + d, mask=inside, other=0.0).to(tl.float64)
-    inv_temperature = tl.load(inv_temperature_ptr).to(tl.float64)
-    positive_logit = tl.sum(query * positive, 0) * inv_temperature
-    if NCE:
-        lse = tl.load(nce_ptr).to(tl.float64)
-        positive_weight, softplus = _logistic(lse - positive_logit)
-        loss = softplus + total
-        direction = summed - positive_weight * positive
-    else:
-        # log of (sum over negatives / e^{s+}): loss = log(1 + e^gap), and nothing of the size of s+
-        # is subtracted twice. No negative: total 0, gap -inf, loss 0.
-        gap = (largest - positive_logit) + tl.log(total)
-        positive_weight, loss = _logistic(gap)  # what the positive's share lacks of 1
-        lse = positive_logit + loss
-        direction = positive_weight * (summed / tl.where(total == 0, 1.0, total) - positive)
-    tl.store(loss_ptr + i, loss)
-    tl.store(lse_ptr + i, lse)
-    tl.store(dinv_temperature_ptr + i, tl.sum(query * direction, 0))
-    tl.store(dquery_ptr + i * D + d, direction * inv_temperature, mask=inside)
-    dpositive = -positive_weight * query * inv_temperature
-    tl.store(dpositive_ptr + i * D + d, dpositive, mask=inside)
+        j0 = tl.cast(chunk_begin, tl.int64) + n * BLOCK_K
+        j = j0 + tl.arange(0, BLOCK_K)
+        _, usable = _load_scale(valid_ptr, valid_ptr, j, K, False, HAS_VALID)
+        tile = _load_bank(bank, j0, d0, usable, D, OPERAND, HAS_VALID, TMA, BLOCK_K, BLOCK_D)
+        part = tl.cast(n, tl.int64) * B + i
+        term = tl.load(tile_total_ptr + part, mask=i < B, other=0.0)
+        if NCE:
+            rows = tl.dot(weight, tile, rows, input_precision=PRECISION)
+        else:
+            of_tile = tl.load(tile_maximum_ptr + part, mask=i < B, other=0.0)
+            larger = tl.maximum(maximum, of_tile)
+            base = tl.where(larger == -float("inf"), 0.0, larger)
+            rescale = tl.exp2(maximum - base)
+            share = tl.exp2(of_tile - base)
+            maximum = larger
+            lost = lost * rescale
+            total = total * rescale
+            term = term * share
+            product = tl.dot(weight, tile, input_precision=PRECISION)
+            rows = rows * rescale[:, None] + product * share[:, None]
+        total, lost = add_compensated(total, lost, term)
+    # Programs of other columns still read what the chunks before left: it is not overwritten.
+    first_columns = (i < B) & (tl.program_id(1) == 0)
+    tl.store(maximum_ptr + out, maximum, mask=first_columns)
+    tl.store(total_ptr + out, total, mask=first_columns)
+    tl.store(at, rows, mask=inside)
 
 
 @triton.jit(do_not_specialize=["B", "K"])
@@ -293,13 +543,13 @@ def bank_contrast_backward_kernel(
     grad_ptr,
     lse_ptr,
     query_ptr,
-    bank_ptr,
-    inv_temperature_ptr,
+    bank,
     scale_ptr,
     labels_ptr,
     bank_labels_ptr,
     exclude_ptr,
     valid_ptr,
+    inv_temperature,
     B,
     K,
     D,
@@ -308,58 +558,78 @@ def bank_contrast_backward_kernel(
     HAS_EXCLUDE: tl.constexpr,
     HAS_VALID: tl.constexpr,
     NCE: tl.constexpr,
+    T_ON_DEVICE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CHUNK_D: tl.constexpr,
 ):
-    """Grid (blocks of K,): a program owns BLOCK_K rows of dbank and walks over all queries."""
-    ACC: tl.constexpr = query_ptr.dtype.element_ty
-    j = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    d = tl.arange(0, BLOCK_D)
-    scale, usable = _load_scale(scale_ptr, valid_ptr, j, K, ACC, HAS_SCALE, HAS_VALID)
-    inv_temperature = tl.load(inv_temperature_ptr)
-    dbank = tl.zeros((BLOCK_K, BLOCK_D), ACC)
+    """Grid (blocks of K, blocks of D): a program owns a piece of dbank and walks over all
+    queries.
+    """
+    OPERAND: tl.constexpr = query_ptr.dtype.element_ty
+    j0 = tl.program_id(0).to(tl.int64) * BLOCK_K
+    j = j0 + tl.arange(0, BLOCK_K)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    scale, usable = _load_scale(scale_ptr, valid_ptr, j, K, HAS_SCALE, HAS_VALID)
+    factor = scalar(inv_temperature, T_ON_DEVICE)
+    dbank = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for i0 in range(0, B, BLOCK_B):
         i = (i0 + tl.arange(0, BLOCK_B)).to(tl.int64)
-        s = _logits(
+        s = _product(
             query_ptr,
-            bank_ptr,
-            labels_ptr,
-            bank_labels_ptr,
-            exclude_ptr,
+            bank,
             i,
-            j,
+            j0,
             usable,
-            scale * inv_temperature,
             B,
             D,
-            HAS_LABELS,
-            HAS_EXCLUDE,
+            HAS_VALID,
             PRECISION,
+            False,
             BLOCK_B,
             BLOCK_K,
-            BLOCK_D,
             CHUNK_D,
+        )
+        s = s * factor
+        if HAS_SCALE:
+            s = s * scale[None, :]
+        label, excluded = _load_picks(labels_ptr, exclude_ptr, i, B, HAS_LABELS, HAS_EXCLUDE)
+        s = _mask(
+            s,
+            label,
+            excluded,
+            bank_labels_ptr,
+            j0,
+            usable,
+            K,
+            HAS_LABELS,
+            HAS_EXCLUDE,
+            HAS_VALID,
+            True,
+            BLOCK_K,
         )
         lse = tl.load(lse_ptr + i, mask=i < B, other=0.0)
         grad = tl.load(grad_ptr + i, mask=i < B, other=0.0)
         # In two parts: the first is taken from a logit near lse without rounding.
-        high = lse.to(ACC)
-        low = (lse - high).to(ACC)
+        high = lse.to(tl.float32)
+        low = (lse - high).to(tl.float32)
         gap = (s - high[:, None]) - low[:, None]
         if NCE:
-            weight, _ = _logistic(gap)
+            weight, _ = logistic(gap)
         else:
             weight = tl.exp(gap)
-        weight = weight * (grad * inv_temperature)[:, None]
-        query = _load_rows(query_ptr, i, i < B, d, D, ACC)
-        dbank = _add_rows(dbank, tl.trans(weight), query, PRECISION)
-    dbank = (dbank * scale[:, None]).to(dbank_ptr.dtype.element_ty)
+        weight = weight * (grad * factor)[:, None]
+        query = _load_queries(query_ptr, i, d, B, D)
+        weight = tl.trans(weight).to(OPERAND)
+        dbank = tl.dot(weight, query, dbank, input_precision=PRECISION)
+    if HAS_SCALE:
+        dbank = dbank * scale[:, None]
     # A row that is not usable has only zero weights.
     inside = (j < K)[:, None] & (d < D)[None, :]
-    tl.store(dbank_ptr + j[:, None] * D + d[None, :], dbank, mask=inside)
+    at = dbank_ptr + j[:, None] * D + d[None, :]
+    tl.store(at, dbank.to(dbank_ptr.dtype.element_ty), mask=inside)
 
 
 def bank_contrast(
@@ -375,68 +645,141 @@ def bank_contrast(
     log_partition: Tensor | None = None,
     num_noise: int = 1,
     num_data: int = 1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    normalize: bool = False,
+) -> tuple[Tensor, ...]:
     """Loss of each query against all allowed bank rows, with its gradients; any temperature.
 
-    InfoNCE, or NCE where log Z is given.
+    InfoNCE, or NCE where log Z is given. Products run in the dtype of the query, float32 ones as
+    torch.backends.cuda.matmul.allow_tf32 says (by default in full precision, as three products of
+    tf32 parts); sums in float32, the end of each query in float64.
 
     Not seen on a GPU yet: run by the interpreter, and compiled for sm_80, sm_90 and sm_100.
 
     Args:
-        query, positive: (B, D), both float32 or both float64, D up to 256.
-        bank: (K, D), float32, bfloat16 or float16; float64 with float64 queries only.
+        query, positive: (B, D), float32, bfloat16 or float16, D up to 4096.
+        bank: (K, D), float32, bfloat16 or float16.
         inv_temperature: 0-d, 1/t, on the CPU or the query's device.
-        bank_scale: (K,) in the query's dtype, a factor of each bank row.
+        bank_scale: (K,) float32, a factor of each bank row.
         labels, bank_labels: (B,) and (K,) int64: rows of the query's own label are no negatives.
         exclude_index: (B,) int64: one row that is no negative, -1 for none.
         valid: (K,) bool: other rows are no negatives, and are not read.
         log_partition: 0-d, log Z of NCE, on the query's device.
         num_noise, num_data: M and n of NCE, c = M / n.
+        normalize: L2-normalise query and positive; the gradients are of what was given.
 
     Returns:
-        loss (B,), lse (B,), dquery (B, D), dpositive (B, D), dinv_temperature (B,) in the query's
-        dtype, lse in float64: log-sum-exp with the positive (NCE: log Z + log(c + eps)), and the
-        derivatives of loss_i.
+        loss (B,), lse (B,), dquery (B, D), dpositive (B, D), dinv_temperature (B,) in float32, lse
+        in float64: log-sum-exp with the positive (NCE: log Z + log(c + eps)), and the derivatives
+        of loss_i.
     """
     masks = (labels, bank_labels, exclude_index, valid)
-    inputs, flags = _prepare(query, bank, inv_temperature, bank_scale, *masks)
-    (B, D), K = query.shape, bank.shape[0]
-    _check("positive", positive, (B, D), (query.dtype,), query.device)
-    loss, dinv_temperature = (query.new_empty(B) for _ in range(2))
-    lse = query.new_empty(B, dtype=torch.float64)
-    dquery, dpositive = (query.new_empty(B, D) for _ in range(2))
-    outputs = (loss, lse, dquery, dpositive, dinv_temperature)
-    nce = _nce(log_partition, num_noise, num_data, query)
-    if B == 0:
+    objective = (log_partition, num_noise, num_data)
+    problem = Problem(query, bank, inv_temperature, bank_scale, *masks, *objective, normalize)
+    check("positive", positive, tuple(query.shape), QUERY_DTYPES, query.device)
+    outputs = problem.outputs()
+    if problem.B == 0:
         return outputs
-    tile = tiles.bank_contrast(query.device, query.dtype, D)
-    splits, rows_per_split = _split(B, K, tile, query.device)
-    maximum, total = (query.new_empty(splits, B) for _ in range(2))
-    rows = query.new_empty(splits, B, D)
     with torch.cuda.device_of(query):
-        bank_contrast_kernel[(triton.cdiv(B, tile["BLOCK_B"]), splits)](
-            *(maximum, total, rows, *inputs, nce, B, K, D, rows_per_split),
-            NCE=nce is not None,
-            **flags,
-            **tile,
+        arch = tiles.architecture(query.device)
+        narrow = tiles.bank_contrast(arch, query.dtype, problem.B, problem.D, problem.flags)
+        sums = _one_pass(problem, narrow) if narrow else _two_products(problem)
+        problem.combine(outputs, sums, positive)
+    return outputs
+
+
+def _one_pass(problem: Problem, tile: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    B, K, D = problem.B, problem.K, problem.D
+    rows_per_program = tiles.split(B, K, D, problem.dtype, tile, problem.device)
+    sums = problem.partial_sums(max(1, triton.cdiv(K, rows_per_program)))
+    bank, TMA = _described(problem.bank, (tile["BLOCK_K"], tile["BLOCK_D"]), tile.pop("TMA"))
+    query, masks = problem.prepare()
+    bank_contrast_kernel[(triton.cdiv(B, tile["BLOCK_B"]), sums[0].shape[0])](
+        *sums,
+        query,
+        bank,
+        *masks,
+        problem.inv_temperature,
+        *problem.nce,
+        *(B, K, D, rows_per_program),
+        HAS_TAIL=K % tile["BLOCK_K"] != 0,
+        TMA=TMA,
+        **problem.flags,
+        **tile,
+    )
+    return sums
+
+
+def _two_products(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    B, K, D, dtype, device = problem.B, problem.K, problem.D, problem.dtype, problem.device
+    first, second = tiles.bank_contrast_wide(tiles.architecture(device), dtype)
+    BLOCK_K = first["BLOCK_K"]
+    chunk = min(tiles.chunk_rows(B, D, dtype, BLOCK_K), triton.cdiv(max(K, 1), BLOCK_K) * BLOCK_K)
+    blocks = triton.cdiv(B, second["BLOCK_B"]) * triton.cdiv(D, second["BLOCK_D"])
+    num_tiles = chunk // BLOCK_K
+    splits = max(1, min(num_tiles, tiles.num_programs(device, 1) // blocks))
+    per_split = triton.cdiv(num_tiles, splits)
+    splits = triton.cdiv(num_tiles, per_split)
+    maximum, total, rows = problem.partial_sums(splits)
+    before = torch.empty_like(maximum), torch.empty_like(total)
+    tile_maximum, tile_total = (torch.empty(num_tiles, B, device=device) for _ in range(2))
+    query, masks = problem.prepare()
+    weights = torch.empty(B, chunk, dtype=dtype, device=device)
+    wants_tma = first.pop("TMA")
+    bank_of_first, TMA = _described(problem.bank, (BLOCK_K, first["CHUNK_D"]), wants_tma)
+    bank_of_second, _ = _described(problem.bank, (BLOCK_K, second["BLOCK_D"]), TMA)
+    described, _ = _described(query, (first["BLOCK_B"], first["CHUNK_D"]), TMA)
+    precision = {"PRECISION": problem.flags["PRECISION"], "TMA": TMA}
+    *_, valid = masks
+    for begin in range(0, max(K, 1), chunk):
+        in_chunk = triton.cdiv(min(chunk, K - begin), BLOCK_K)
+        bank_contrast_weights_kernel[(triton.cdiv(B, first["BLOCK_B"]), max(in_chunk, 1))](
+            weights,
+            tile_maximum,
+            tile_total,
+            described,
+            bank_of_first,
+            *masks,
+            problem.inv_temperature,
+            *problem.nce,
+            *(B, K, D, begin, chunk),
+            HAS_TAIL=K % BLOCK_K != 0 or K == 0,
+            TMA=TMA,
+            **problem.flags,
+            **first,
         )
-        bank_contrast_combine_kernel[(B,)](
-            *outputs,
+        # Read and written in turn: programs of one launch read what others of it would overwrite.
+        (maximum, total), before = before, (maximum, total)
+        grid = (triton.cdiv(B, second["BLOCK_B"]), triton.cdiv(D, second["BLOCK_D"]), splits)
+        bank_contrast_rows_kernel[grid](
             maximum,
             total,
             rows,
-            inputs[0],
-            positive.contiguous(),
-            inputs[2],
-            nce,
-            B,
-            D,
-            splits,
-            NCE=nce is not None,
-            BLOCK_S=tiles.COMBINED_SPLITS,
-            BLOCK_D=tile["BLOCK_D"],
+            *before,
+            weights,
+            tile_maximum,
+            tile_total,
+            bank_of_second,
+            valid,
+            *(B, K, D, begin, chunk, in_chunk, per_split),
+            HAS_VALID=valid is not None,
+            FIRST=begin == 0,
+            NCE=problem.flags["NCE"],
+            BLOCK_K=BLOCK_K,
+            **precision,
+            **second,
         )
-    return outputs
+    return maximum, total, rows
+
+
+def _described(tensor: Tensor, block: tuple[int, int], wanted: bool) -> tuple[Any, bool]:
+    """A tensor as a kernel loads its blocks: through the hardware's copy engine if it is wanted and
+    rows begin at multiples of 16 bytes.
+    """
+    row_bytes = tensor.shape[1] * tensor.element_size()
+    fits = tensor.shape[0] > 0 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+    if not (wanted and fits):
+        return tensor, False
+    return TensorDescriptor.from_tensor(tensor, list(block)), True
 
 
 def bank_contrast_backward(
@@ -453,119 +796,38 @@ def bank_contrast_backward(
     log_partition: Tensor | None = None,
     num_noise: int = 1,
     num_data: int = 1,
+    normalize: bool = False,
 ) -> Tensor:
     """Gradient to the bank, (K, D) in its dtype; 0 in rows that are not valid.
 
-    `grad_loss` is (B,) in the query's dtype, `lse` (B,) as bank_contrast returned it; the other
-    arguments as they were given to it.
+    `grad_loss` is (B,) float32, `lse` (B,) as bank_contrast returned it; the other arguments as
+    they were given to it.
     """
     masks = (labels, bank_labels, exclude_index, valid)
-    inputs, flags = _prepare(query, bank, inv_temperature, bank_scale, *masks)
-    (B, D), K = query.shape, bank.shape[0]
-    _check("grad_loss", grad_loss, (B,), (query.dtype,), query.device)
-    _check("lse", lse, (B,), (torch.float64,), query.device)
+    objective = (log_partition, num_noise, num_data)
+    problem = Problem(query, bank, inv_temperature, bank_scale, *masks, *objective, normalize)
+    B, K, D = problem.B, problem.K, problem.D
+    check("grad_loss", grad_loss, (B,), (torch.float32,), query.device)
+    check("lse", lse, (B,), (torch.float64,), query.device)
     dbank = torch.empty(K, D, dtype=bank.dtype, device=bank.device)
-    if K == 0:
-        return dbank
-    tile = tiles.bank_contrast(query.device, query.dtype, D)
+    if K == 0 or B == 0:
+        return dbank.zero_()
+    tile = tiles.bank_contrast_backward(
+        tiles.architecture(query.device), query.dtype, padded(D)
+    )
     with torch.cuda.device_of(query):
-        bank_contrast_backward_kernel[(triton.cdiv(K, tile["BLOCK_K"]),)](
-            *(dbank, grad_loss.contiguous(), lse.contiguous(), *inputs, B, K, D),
-            NCE=log_partition is not None,
-            **flags,
+        operand, masks = problem.prepare()
+        grid = (triton.cdiv(K, tile["BLOCK_K"]), triton.cdiv(D, tile["BLOCK_D"]))
+        bank_contrast_backward_kernel[grid](
+            dbank,
+            grad_loss.contiguous(),
+            lse.contiguous(),
+            operand,
+            problem.bank,
+            *masks,
+            problem.inv_temperature,
+            *(B, K, D),
+            **problem.flags,
             **tile,
         )
     return dbank
-
-
-def _prepare(
-    query: Tensor,
-    bank: Tensor,
-    inv_temperature: Tensor,
-    bank_scale: Tensor | None,
-    labels: Tensor | None,
-    bank_labels: Tensor | None,
-    exclude_index: Tensor | None,
-    valid: Tensor | None,
-) -> tuple[tuple[Tensor | None, ...], dict[str, bool | str]]:
-    """Checks the inputs that both kernels share; gives them, and what is chosen at compile time."""
-    if query.ndim != 2 or bank.ndim != 2 or query.shape[1] > MAX_DIM:
-        raise ValueError(
-            f"`query` and `bank` must have shapes (B, D) and (K, D) with D at most {MAX_DIM}, "
-            f"got {tuple(query.shape)} and {tuple(bank.shape)}"
-        )
-    if (labels is None) != (bank_labels is None):
-        raise ValueError("`labels` and `bank_labels` must be given together")
-    (B, D), K, device, dtype = query.shape, bank.shape[0], query.device, query.dtype
-    _check("query", query, (B, D), tuple(PRECISION), device)
-    allowed = BANK_DTYPES if dtype == torch.float64 else tuple(set(BANK_DTYPES) - {torch.float64})
-    _check("bank", bank, (K, D), allowed, device)
-    for name, tensor, size, wanted in (
-        ("bank_scale", bank_scale, K, dtype),
-        ("labels", labels, B, torch.int64),
-        ("bank_labels", bank_labels, K, torch.int64),
-        ("exclude_index", exclude_index, B, torch.int64),
-        ("valid", valid, K, torch.bool),
-    ):
-        if tensor is not None:
-            _check(name, tensor, (size,), (wanted,), device)
-    inv_t = _on_device(inv_temperature, query)
-    valid = None if valid is None else valid.view(torch.uint8)  # a bool is a byte
-    given = (query, bank, inv_t, bank_scale, labels, bank_labels, exclude_index, valid)
-    flags = {
-        "HAS_SCALE": bank_scale is not None,
-        "HAS_LABELS": labels is not None,
-        "HAS_EXCLUDE": exclude_index is not None,
-        "HAS_VALID": valid is not None,
-        "PRECISION": PRECISION[dtype],
-    }
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in given), flags
-
-
-def _on_device(inv_temperature: Tensor, query: Tensor) -> Tensor:
-    """1/t where the kernels read it, without waiting for the device."""
-    if inv_temperature.device == query.device:
-        _check("inv_temperature", inv_temperature, (), tuple(PRECISION), query.device)
-        return inv_temperature.to(query.dtype)
-    _check("inv_temperature", inv_temperature, (), tuple(PRECISION), torch.device("cpu"))
-    return torch.full((), inv_temperature.item(), dtype=query.dtype, device=query.device)
-
-
-def _nce(
-    log_partition: Tensor | None, num_noise: int, num_data: int, query: Tensor
-) -> Tensor | None:
-    """log Z + log(c + eps) and log(1 + eps / c) where the kernels read them."""
-    if log_partition is None:
-        return None
-    _check("log_partition", log_partition, (), tuple(PRECISION), query.device)
-    if num_noise < 1 or num_data < 1:
-        got = f"{num_noise} and {num_data}"
-        raise ValueError(f"`num_noise` and `num_data` must be positive, got {got}")
-    noise_ratio = num_noise / num_data
-    offset = log_partition.to(torch.float64) + math.log(noise_ratio + NCE_EPS)
-    extra = torch.full_like(offset, math.log1p(NCE_EPS / noise_ratio))
-    return torch.stack([offset, extra]).to(query.dtype)
-
-
-def _split(B: int, K: int, tile: dict[str, int], device: torch.device) -> tuple[int, int]:
-    """Number of bank splits, enough to fill the GPU, and rows of each, whole blocks."""
-    programs = triton.cdiv(tiles.num_programs(device), triton.cdiv(B, tile["BLOCK_B"]))
-    splits = max(1, min(programs, triton.cdiv(K, tile["BLOCK_K"])))
-    blocks = max(1, triton.cdiv(triton.cdiv(K, tile["BLOCK_K"]), splits))
-    rows = blocks * tile["BLOCK_K"]
-    return max(1, triton.cdiv(K, rows)), rows
-
-
-def _check(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-) -> None:
-    if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != device:
-        names = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        raise ValueError(
-            f"`{name}` must be {names} of shape {shape} on {device}, "
-            f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        )

@@ -1,8 +1,8 @@
 """masked_pool: L hidden states (B, T, H) and one mask (B, T) -> (B, L*H), all layers in one launch.
 
-A program owns BLOCK_H columns of one row of one layer and walks over its tokens; a table of L
-pointers in device memory says where the layers are, so that they are neither stacked nor copied.
-Tokens that are masked are not loaded. The launchers allocate the results; kernels allocate nothing.
+A program owns BLOCK_H columns of one row of one layer and walks over its tokens. The layers'
+addresses are arguments of the kernel, so that they are neither stacked nor copied, and a CUDA graph
+holds them. Tokens that are masked are not loaded. The launchers allocate the results; kernels allocate nothing.
 """
 
 import torch
@@ -114,11 +114,20 @@ def _max(
     return tl.where(first == NONE, 0.0, largest), tl.where(first == NONE, -1, first)
 
 
+@triton.jit
+def _pick(layers, layer, L: tl.constexpr):
+    """The address of a layer whose number is known on the device only."""
+    picked = layers[0]
+    for n in tl.static_range(1, L):
+        picked = tl.where(layer == n, layers[n], picked)
+    return picked
+
+
 @triton.jit(do_not_specialize=["T"])
 def masked_pool_kernel(
     pooled_ptr,
     argmax_ptr,
-    layer_ptrs,
+    layers,
     mask_ptr,
     T,
     H,
@@ -129,6 +138,7 @@ def masked_pool_kernel(
     MODE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     ALIGNED: tl.constexpr,
+    L: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_SCAN: tl.constexpr,
@@ -141,7 +151,7 @@ def masked_pool_kernel(
     h = (tl.program_id(0) % num_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < H
     layer = tl.program_id(1)
-    states_ptr = tl.load(layer_ptrs + layer).to(tl.pointer_type(dtype))
+    states_ptr = _pick(layers, layer, L)
     if ALIGNED:
         states_ptr = tl.multiple_of(states_ptr, 16)
     state_ptrs = states_ptr + b * stride_b + h
@@ -166,7 +176,7 @@ def masked_pool_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def masked_pool_backward_kernel(
-    dhidden_ptrs,
+    dhidden,
     grad_ptr,
     mask_ptr,
     argmax_ptr,
@@ -176,6 +186,7 @@ def masked_pool_backward_kernel(
     stride_mt,
     MODE: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    L: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_SCAN: tl.constexpr,
@@ -199,7 +210,7 @@ def masked_pool_backward_kernel(
         token = tl.load(argmax_ptr + column, mask=inside, other=-1)
     else:
         token = _find_token(mask_ptr, T, stride_mt, MODE, HAS_MASK, BLOCK_SCAN)
-    dhidden_ptr = tl.load(dhidden_ptrs + layer).to(tl.pointer_type(dtype))
+    dhidden_ptr = _pick(dhidden, layer, L)
     out = tl.multiple_of(dhidden_ptr, 16) + b * T * H + h  # allocators align to more than that
     for t0 in range(0, T, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
@@ -241,12 +252,12 @@ def masked_pool(
     if pooled.numel() == 0:
         return pooled, argmax
     layers = _with_same_strides(hidden_states)
-    tile = tiles.choose(tiles.MASKED_POOL, first.device)[first.dtype]
+    tile = tiles.choose(tiles.MASKED_POOL, tiles.architecture(first.device))[first.dtype]
     with torch.cuda.device_of(first):
         masked_pool_kernel[(B * triton.cdiv(H, tile.BLOCK_H), L)](
             pooled,
             argmax,
-            _pointer_table(layers),
+            tuple(layers),
             mask,
             T,
             H,
@@ -255,6 +266,7 @@ def masked_pool(
             MODE=mode,
             HAS_MASK=mask is not None,
             ALIGNED=all(layer.data_ptr() % 16 == 0 for layer in layers),
+            L=L,
             **tile._asdict(),
         )
     return pooled, argmax
@@ -287,10 +299,10 @@ def masked_pool_backward(
     dhidden = [grad.new_empty(B, num_tokens, H) for _ in range(num_layers)]
     if dhidden[0].numel() == 0:
         return dhidden
-    tile = tiles.choose(tiles.MASKED_POOL, grad.device)[grad.dtype]
+    tile = tiles.choose(tiles.MASKED_POOL, tiles.architecture(grad.device))[grad.dtype]
     with torch.cuda.device_of(grad):
         masked_pool_backward_kernel[(B * triton.cdiv(H, tile.BLOCK_H), num_layers)](
-            _pointer_table(dhidden),
+            tuple(dhidden),
             grad.contiguous(),
             mask,
             argmax.contiguous(),
@@ -299,17 +311,10 @@ def masked_pool_backward(
             *((0, 0) if mask is None else mask.stride()),
             MODE=mode,
             HAS_MASK=mask is not None,
+            L=num_layers,
             **tile._asdict(),
         )
     return dhidden
-
-
-def _pointer_table(layers: list[Tensor]) -> Tensor:
-    """Addresses of the layers, (L,) int64 on their device; the host does not wait for the copy."""
-    device = layers[0].device
-    addresses = [layer.data_ptr() for layer in layers]
-    table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
 
 
 def _with_same_strides(layers: list[Tensor]) -> list[Tensor]:

@@ -1,14 +1,19 @@
-"""Block sizes of the Triton kernels: one table per operator, by architecture and dtype.
+"""Block sizes of the Triton kernels: one table per operator, by architecture and dtype, and how work
+is split over a GPU.
 
 A table's row serves its architecture and all later ones up to the next row. None of these sizes has
-been timed yet: they follow from 16-byte loads, registers and the bytes that must be in flight.
+been timed yet: they follow from what compiles without spilling, from 16-byte loads and from the
+bytes that must be in flight.
 """
 
-from typing import NamedTuple, TypeVar
+import functools
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+import triton
 
-Tile = TypeVar("Tile")
+Row = TypeVar("Row")
+HALF = "half"  # bfloat16 and float16
 
 
 class PoolTile(NamedTuple):
@@ -32,47 +37,240 @@ MASKED_POOL: dict[int, dict[torch.dtype, PoolTile]] = {
 
 
 class ContrastTile(NamedTuple):
-    """BLOCK_B queries against BLOCK_K bank rows; products run over CHUNK_D columns at a time."""
+    """BLOCK_B queries against BLOCK_K bank rows. TMA: through the hardware's copy engine. FIXED:
+    the shift 1/t is tried before the running maximum, which costs registers.
+    """
+
+    BLOCK_B: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    TMA: bool = False
+    FIXED: bool = True
+
+
+def _tma(*sizes: int, FIXED: bool = True) -> ContrastTile:
+    return ContrastTile(*sizes, TMA=True, FIXED=FIXED)
+
+
+# One pass: by what products run in, by the largest padded D that the row serves, by the largest B.
+# The first tile is for banks whose rows all count alike. The second is for labels, scales and NCE,
+# which hold a number for each of a tile's columns; half of its BLOCK_K for more of that at once.
+# Wider embeddings take two products.
+_Tiles = tuple[ContrastTile, ContrastTile]
+_ALL = 1 << 62
+BANK_CONTRAST: dict[int, dict[Any, dict[int, dict[int, _Tiles]]]] = {
+    80: {
+        HALF: {
+            64: {
+                16: (ContrastTile(16, 128, 4, 3), ContrastTile(16, 64, 4, 3)),
+                32: (ContrastTile(32, 64, 4, 3), ContrastTile(32, 64, 4, 3)),
+                64: (ContrastTile(64, 64, 4, 3), ContrastTile(64, 32, 4, 3)),
+                _ALL: (ContrastTile(128, 64, 8, 3), ContrastTile(128, 32, 8, 3)),
+            },
+            128: {
+                16: (ContrastTile(16, 64, 4, 3), ContrastTile(16, 32, 4, 3)),
+                32: (ContrastTile(32, 64, 4, 3), ContrastTile(32, 32, 4, 3)),
+                64: (ContrastTile(64, 64, 8, 3), ContrastTile(64, 32, 4, 3)),
+                _ALL: (ContrastTile(128, 64, 8, 3), ContrastTile(64, 32, 4, 3)),
+            },
+            256: {
+                16: (ContrastTile(16, 64, 8, 2), ContrastTile(16, 32, 8, 2)),
+                _ALL: (ContrastTile(64, 32, 8, 2), ContrastTile(64, 32, 8, 2)),
+            },
+        },
+        torch.float32: {
+            64: {_ALL: (ContrastTile(32, 32, 4, 2), ContrastTile(32, 32, 4, 2))},
+            128: {_ALL: (ContrastTile(16, 32, 8, 2), ContrastTile(16, 32, 8, 2))},
+        },
+    },
+    90: {
+        HALF: {
+            64: {
+                16: (_tma(16, 128, 4, 4), _tma(16, 64, 4, 4)),
+                32: (_tma(32, 128, 4, 4), _tma(32, 32, 4, 4)),
+                64: (_tma(64, 128, 4, 4), _tma(64, 32, 4, 4)),
+                _ALL: (_tma(128, 128, 8, 3), _tma(128, 64, 8, 3)),
+            },
+            128: {
+                16: (_tma(16, 128, 4, 3), _tma(16, 64, 4, 3)),
+                32: (_tma(32, 128, 4, 3), _tma(32, 64, 4, 3)),
+                64: (_tma(64, 128, 4, 3), _tma(64, 64, 4, 3)),
+                _ALL: (_tma(128, 128, 8, 3), _tma(128, 64, 8, 3)),
+            },
+            256: {
+                16: (_tma(16, 64, 4, 3), _tma(16, 32, 8, 3)),
+                32: (_tma(32, 64, 4, 3), _tma(32, 32, 8, 3)),
+                64: (_tma(64, 64, 4, 3), _tma(64, 32, 8, 3)),
+                _ALL: (_tma(128, 64, 8, 2), _tma(64, 32, 8, 3)),
+            },
+            512: {
+                _ALL: (_tma(64, 64, 8, 2, FIXED=False), _tma(64, 32, 8, 3, FIXED=False)),
+            },
+        },
+        torch.float32: {
+            64: {_ALL: (_tma(32, 32, 4, 2), _tma(32, 32, 4, 2))},
+            128: {_ALL: (_tma(16, 32, 8, 2), _tma(16, 32, 8, 2))},
+        },
+    },
+}
+
+
+class WideTile(NamedTuple):
+    """The product that makes weights: BLOCK_B x BLOCK_K of them, CHUNK_D columns at a time."""
 
     BLOCK_B: int
     BLOCK_K: int
     CHUNK_D: int
     num_warps: int
     num_stages: int
+    TMA: bool = False
 
 
-# By the dtype of the arithmetic, then by the largest padded D that the tile serves. Larger ones
-# spill: three-part tf32 products hold every operand twice.
-BANK_CONTRAST: dict[int, dict[torch.dtype, dict[int, ContrastTile]]] = {
+class RowsTile(NamedTuple):
+    """The product of weights and rows: BLOCK_B x BLOCK_D sums; BLOCK_K is that of the weights."""
+
+    BLOCK_B: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+
+
+BANK_CONTRAST_WIDE: dict[int, dict[Any, tuple[WideTile, RowsTile]]] = {
     80: {
-        torch.float32: {
-            128: ContrastTile(16, 32, 64, num_warps=4, num_stages=2),
-            256: ContrastTile(16, 32, 64, num_warps=8, num_stages=2),
-        },
-        torch.float64: {256: ContrastTile(4, 8, 32, num_warps=4, num_stages=1)},
+        HALF: (WideTile(128, 64, 64, 4, 3), RowsTile(64, 128, 8, 3)),
+        torch.float32: (WideTile(32, 32, 32, 4, 2), RowsTile(32, 64, 4, 2)),
+    },
+    90: {
+        HALF: (WideTile(128, 128, 64, 8, 4, TMA=True), RowsTile(128, 128, 8, 3)),
+        torch.float32: (WideTile(32, 32, 32, 4, 2, TMA=True), RowsTile(32, 64, 4, 2)),
     },
 }
-COMBINED_SPLITS = 16  # partial sums that one program of the combine kernel merges at a time
 
 
-def bank_contrast(device: torch.device, dtype: torch.dtype, D: int) -> dict[str, int]:
-    """The tile for embeddings of D columns, with BLOCK_D: D padded to 64, 128 or 256."""
-    BLOCK_D = max(64, 1 << max(D - 1, 0).bit_length())
-    by_size = choose(BANK_CONTRAST, device)[dtype]
-    tile = by_size[min(size for size in by_size if size >= BLOCK_D)]._asdict()
-    return {**tile, "BLOCK_D": BLOCK_D}
+class BackwardTile(NamedTuple):
+    """BLOCK_K x BLOCK_D of the bank's gradient; logits of BLOCK_B queries, CHUNK_D columns at a
+    time.
+    """
+
+    BLOCK_B: int
+    BLOCK_K: int
+    BLOCK_D: int
+    CHUNK_D: int
+    num_warps: int
+    num_stages: int
 
 
-def num_programs(device: torch.device) -> int:
-    """Programs that keep a GPU busy: two on each multiprocessor. Four for the interpreter."""
+BANK_CONTRAST_BACKWARD: dict[int, dict[Any, BackwardTile]] = {
+    80: {
+        HALF: BackwardTile(32, 64, 256, 64, num_warps=8, num_stages=2),
+        torch.float32: BackwardTile(16, 32, 128, 32, num_warps=4, num_stages=2),
+    },
+}
+
+
+class IndexedTile(NamedTuple):
+    """A program gathers BLOCK_M rows of one query at a time; elements of a tile, by padded D."""
+
+    ELEMENTS: int
+    num_warps: int
+
+
+INDEXED_CONTRAST: dict[int, IndexedTile] = {80: IndexedTile(8192, 4)}
+
+
+def bank_contrast(
+    arch: int, dtype: torch.dtype, B: int, D: int, flags: dict[str, Any]
+) -> dict[str, Any]:
+    """The tile of the one-pass kernel, with BLOCK_D; empty where D is too wide for it."""
+    BLOCK_D = max(64, triton.next_power_of_2(D))
+    by_width = choose(BANK_CONTRAST, arch)[_key(dtype)]
+    wide_enough = [width for width in by_width if width >= BLOCK_D]
+    if not wide_enough:
+        return {}
+    by_queries = by_width[min(wide_enough)]
+    plain, masked = by_queries[min(limit for limit in by_queries if limit >= B)]
+    load = sum(flags[name] for name in ("HAS_LABELS", "HAS_SCALE", "NCE")) + 2 * flags["HAS_VALID"]
+    tile = masked if load else plain
+    if load > 1:
+        tile = tile._replace(BLOCK_K=max(16, tile.BLOCK_K // 2))
+    return {**tile._asdict(), "BLOCK_D": BLOCK_D}
+
+
+def bank_contrast_wide(arch: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    weights, rows = choose(BANK_CONTRAST_WIDE, arch)[_key(dtype)]
+    return weights._asdict(), rows._asdict()
+
+
+def bank_contrast_backward(arch: int, dtype: torch.dtype, padded_D: int) -> dict[str, Any]:
+    tile = choose(BANK_CONTRAST_BACKWARD, arch)[_key(dtype)]
+    BLOCK_D, CHUNK_D = min(tile.BLOCK_D, padded_D), min(tile.CHUNK_D, padded_D)
+    return tile._replace(BLOCK_D=BLOCK_D, CHUNK_D=CHUNK_D)._asdict()
+
+
+def indexed_contrast(arch: int, padded_D: int) -> dict[str, int]:
+    tile = choose(INDEXED_CONTRAST, arch)
+    rows = max(1, min(64, tile.ELEMENTS // padded_D))
+    return {"BLOCK_M": rows, "BLOCK_D": padded_D, "num_warps": tile.num_warps}
+
+
+def _key(dtype: torch.dtype) -> Any:
+    return HALF if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def split(
+    B: int, K: int, D: int, dtype: torch.dtype, tile: dict[str, Any], device: torch.device
+) -> int:
+    """Bank rows of each program, whole blocks: enough programs to fill the GPU, in whole waves."""
+    resident = 2 if tile["num_warps"] <= 4 else 1  # programs that fit on a multiprocessor
+    return _split(B, K, D, dtype, tile["BLOCK_B"], tile["BLOCK_K"], num_programs(device, resident))
+
+
+@functools.lru_cache(maxsize=1024)
+def _split(
+    B: int, K: int, D: int, dtype: torch.dtype, BLOCK_B: int, BLOCK_K: int, slots: int
+) -> int:
+    overhead = 2  # blocks of rows that a program's start and its partial sums cost, about
+    blocks, num_tiles = triton.cdiv(B, BLOCK_B), max(1, triton.cdiv(K, BLOCK_K))
+    partial_bytes = 4 * B * (D + 2)
+    # float32 sums of very many rows lose digits; they are added up in float64 in the end.
+    longest = triton.cdiv(8192, BLOCK_K) if dtype == torch.float32 else num_tiles
+    least = min(triton.cdiv(num_tiles, longest), max(1, MAX_PARTIAL_BYTES // partial_bytes))
+    most = max(least, min(num_tiles, 2 * triton.cdiv(slots, blocks), 4 * least + slots))
+
+    def cost(splits: int) -> tuple[int, int]:
+        waves = triton.cdiv(blocks * splits, slots)
+        return waves * (triton.cdiv(num_tiles, splits) + overhead), splits
+
+    _, splits = min(cost(splits) for splits in range(least, most + 1))
+    return triton.cdiv(num_tiles, splits) * BLOCK_K
+
+
+MAX_PARTIAL_BYTES = 1 << 28
+_CHUNK_BYTES = 1 << 24  # of weights, and of bank rows: both stay in L2 between the two products
+
+
+def chunk_rows(B: int, D: int, dtype: torch.dtype, BLOCK_K: int) -> int:
+    """Bank rows of a chunk of the two-product form, whole blocks."""
+    rows = _CHUNK_BYTES // (dtype.itemsize * max(B, D))
+    return max(1, rows // BLOCK_K) * BLOCK_K
+
+
+def num_programs(device: torch.device, resident: int) -> int:
+    """Programs that run at once, `resident` on each multiprocessor. Four for the interpreter."""
     if device.type != "cuda":
         return 4
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return resident * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def choose(table: dict[int, Tile], device: torch.device) -> Tile:
-    """The row of a table for the GPU of `device`; the oldest one for Triton's interpreter."""
+def architecture(device: torch.device) -> int:
+    """90 for sm_90; for Triton's interpreter, which takes all of Triton, the newest of the tables."""
     if device.type != "cuda":
-        return table[min(table)]
+        return 90
     major, minor = torch.cuda.get_device_capability(device)
-    return table[max(arch for arch in table if arch <= 10 * major + minor)]
+    return 10 * major + minor
+
+
+def choose(table: dict[int, Row], arch: int) -> Row:
+    """The table's row for an architecture."""
+    return table[max(first for first in table if first <= arch)]

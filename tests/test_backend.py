@@ -1,6 +1,7 @@
 """Which backend runs: the table, explicit names, and what is said when one can't."""
 
 import re
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,7 +9,29 @@ import torch
 import codir_fast
 from codir_fast import backend
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@dataclass
+class Like:
+    """What a backend is chosen by: a tensor's device, dtype and shape, on a GPU that need not be
+    there.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] = (2, 8)
+
+
+CPU, CUDA = Like(torch.device("cpu")), Like(torch.device("cuda", 0))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a GPU, and Triton."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(backend, "_has_triton", lambda: True)
 
 
 def test_backends_says_what_runs_here_and_why(monkeypatch):
@@ -26,13 +49,25 @@ def test_backends_says_what_runs_here_and_why(monkeypatch):
 @pytest.mark.parametrize("op", backend.OPS)
 def test_auto(op):
     assert backend.resolve(op, "auto", CPU) == "cpu"
+    assert backend.resolve(op, "auto", Like(torch.device("meta"))) == "torch"
+
+
+@pytest.mark.parametrize("op", backend.OPS)
+def test_auto_on_a_gpu(op, gpu, monkeypatch):
+    assert backend.resolve(op, "auto", CUDA) == "triton"
+    assert backend.resolve(op, "auto", replace(CUDA, dtype=torch.bfloat16)) == "triton"
+    others = "triton" if op == "masked_pool" else "torch"
+    assert backend.resolve(op, "auto", replace(CUDA, dtype=torch.float64)) == others
+    assert backend.resolve(op, "auto", replace(CUDA, shape=(2, 5000))) == others
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     assert backend.resolve(op, "auto", CUDA) == "torch"
-    assert backend.resolve(op, "auto", torch.device("meta")) == "torch"
+    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    assert backend.resolve(op, "auto", CUDA) == "torch"
 
 
 def test_the_table_names_what_exists():
-    for (_, op), name in backend.AUTO.items():
-        assert op in backend.backends()[name].ops
+    for (_, op), names in backend.AUTO.items():
+        assert all(op in backend.backends()[name].ops for name in names)
 
 
 def test_explicit_names():
@@ -51,10 +86,15 @@ def test_unknown_name():
     [
         ("cpu", "bank_contrast", CUDA, "it needs tensors on the CPU; backends that can: ['torch']"),
         ("cuda", "bank_contrast", CPU, "no hand-written CUDA kernel"),
-        ("triton", "bank_update", CPU, "has no bank_update; backends that can: ['torch', 'cpu']"),
+        ("triton", "bank_update", CPU, "needs tensors on a CUDA GPU; backends that can: ['torch',"),
+        ("triton", "bank_update", replace(CUDA, dtype=torch.float64), "it has no float64"),
+        ("triton", "bank_contrast", replace(CUDA, shape=(2, 5000)), "D is 5000, it takes up to"),
     ],
 )
-def test_a_backend_that_cannot_run_says_why(name, op, device, reason):
+def test_a_backend_that_cannot_run_says_why(name, op, device, reason, gpu, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if device is CUDA and name == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=re.escape(reason)):
         backend.resolve(op, name, device)
 
@@ -65,9 +105,9 @@ def test_triton_says_what_is_missing(monkeypatch):
         codir_fast.pool_hidden_states(torch.ones(1, 2, 3), backend="triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend, "_has_triton", lambda: True)
     assert "sm_75, the kernels need sm_80 or newer" in backend.backends()["triton"].reason
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend, "_has_triton", lambda: False)
     assert "not installed" in backend.backends()["triton"].reason
 
 

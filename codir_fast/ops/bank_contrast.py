@@ -50,7 +50,7 @@ def bank_contrast(
     Where the bank needs no gradient, the backward pass reads (B, .) tensors only, so that the bank
     may change before it.
     """
-    op = _FORWARD[resolve("bank_contrast", backend, query.device)]
+    op = _FORWARD[resolve("bank_contrast", backend, query)]
     masks = (labels, bank_labels, exclude_index, valid)
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)
@@ -159,20 +159,16 @@ def _torch_backward(
     return dbank
 
 
-def _triton(query: Tensor, positive: Tensor, *inputs: Any) -> Outputs:
+def _triton(*inputs: Any) -> Outputs:
     from codir_fast.kernels import bank_contrast as kernel  # Triton is loaded on first use
 
-    *others, normalize = inputs
-    pair = PreparedPair(query, positive, normalize)
-    return pair.bring_back(kernel.bank_contrast(pair.query, pair.positive, *others))
+    return kernel.bank_contrast(*inputs)
 
 
-def _triton_backward(grad_loss: Tensor, query: Tensor, *inputs: Any) -> Tensor:
+def _triton_backward(*inputs: Any) -> Tensor:
     from codir_fast.kernels import bank_contrast as kernel
 
-    *others, normalize = inputs
-    query = PreparedPair(query, query[:0], normalize).query
-    return kernel.bank_contrast_backward(grad_loss, query, *others)
+    return kernel.bank_contrast_backward(*inputs)
 
 
 for _name, _forward, _backward in (

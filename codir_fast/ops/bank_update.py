@@ -1,5 +1,7 @@
 """bank_update: momentum, renormalisation and scatter into a memory bank, in place."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,7 @@ def bank_update(
     gradient passes.
     """
     dtype = torch.float64 if bank.dtype == torch.float64 else torch.float32
-    op = _OPS[resolve("bank_update", backend, bank.device)]
+    op = _OPS[resolve("bank_update", backend, bank)]
     with torch.no_grad():
         op(bank, index, keys.detach().to(dtype).contiguous(), momentum, filled)
 
@@ -80,6 +82,12 @@ def _mix_in_order(
         bank[rows] = F.normalize(mixed, dim=1).to(bank.dtype)
 
 
+def _triton(*inputs: Any) -> None:
+    from codir_fast.kernels import bank_update as kernel  # Triton is loaded on first use
+
+    kernel.bank_update(*inputs)
+
+
 def _fake(
     bank: Tensor, index: Tensor, keys: Tensor, momentum: float, filled: Tensor | None = None
 ) -> None:
@@ -87,7 +95,8 @@ def _fake(
 
 
 registration.add_python_backend("bank_update", "torch", _torch)
-_OPS = {name: registration.overload("bank_update", name) for name in ("cpu", "torch")}
+registration.add_python_backend("bank_update", "triton", _triton)
+_OPS = {name: registration.overload("bank_update", name) for name in ("cpu", "torch", "triton")}
 for _op in _OPS.values():
     registration.register_fake(_op, _fake)
     registration.register_mutation(_op, (0, 4))

@@ -3,6 +3,7 @@ index.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def indexed_contrast(
     A row named twice counts twice; one that the masks leave out does not count. Differentiable in
     query, positive, bank and inv_temperature; `normalize` as in bank_contrast.
     """
-    op = _FORWARD[resolve("indexed_contrast", backend, query.device)]
+    op = _FORWARD[resolve("indexed_contrast", backend, query)]
     masks = (labels, bank_labels, exclude_index, valid)
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)
@@ -144,6 +145,24 @@ def _chunks(
         yield logits.masked_fill_(out, -torch.inf), rows, part
 
 
-registration.add_python_backend("indexed_contrast", "torch", _torch)
-registration.add_python_backend("indexed_contrast_backward", "torch", _torch_backward)
-_FORWARD = {name: add_contrast_backend("indexed_contrast", name) for name in ("cpu", "torch")}
+def _triton(*inputs: Any) -> Outputs:
+    from codir_fast.kernels import indexed_contrast as kernel  # Triton is loaded on first use
+
+    return kernel.indexed_contrast(*inputs)
+
+
+def _triton_backward(*inputs: Any) -> Tensor:
+    from codir_fast.kernels import indexed_contrast as kernel
+
+    return kernel.indexed_contrast_backward(*inputs)
+
+
+for _name, _forward, _backward in (
+    ("torch", _torch, _torch_backward),
+    ("triton", _triton, _triton_backward),
+):
+    registration.add_python_backend("indexed_contrast", _name, _forward)
+    registration.add_python_backend("indexed_contrast_backward", _name, _backward)
+_FORWARD = {
+    name: add_contrast_backend("indexed_contrast", name) for name in ("cpu", "torch", "triton")
+}

@@ -20,7 +20,7 @@ def masked_pool(
     """Pooled (B, L*H) of L layers (B, T, H); see codir_fast.pool_hidden_states. Differentiable in
     the layers.
     """
-    name = resolve("masked_pool", backend, hidden_states[0].device)
+    name = resolve("masked_pool", backend, hidden_states[0])
     pooled, _ = _FORWARD[name](list(hidden_states), attention_mask, mode)
     return pooled
 
