@@ -17,7 +17,7 @@ $(BIN)/cmake --build $(1)
 $(BIN)/ctest --test-dir $(1) --output-on-failure
 endef
 
-.PHONY: help install demo test ctest sanitize bench lint format clean
+.PHONY: help install demo test ctest sanitize bench static-gpu test-gpu bench-gpu lint format clean
 
 help:
 	@echo "make install   .venv with pinned packages, codir_fast built into it"
@@ -26,6 +26,9 @@ help:
 	@echo "make ctest     the C++ tests, without Python or torch"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     the kernels beside their peers, to benchmarks/results/OUT (OUT=mine)"
+	@echo "make static-gpu  every GPU kernel compiled, without a GPU: cubins and figures to OUT (OUT=build/static-gpu)"
+	@echo "make test-gpu  the GPU tests, with PYTHON's own torch, nothing fetched; PYTHON=python3"
+	@echo "make bench-gpu  the kernels beside their peers on the GPU, likewise, to benchmarks/results/OUT (OUT=gpu)"
 	@echo "make lint      style, formatting and types; make format mends the first two"
 	@echo "make clean     remove builds and .venv, keep runs/"
 
@@ -71,6 +74,39 @@ $(VENV)/.bench: requirements/bench.txt $(VENV)/.packages
 
 bench: $(VENV)/.installed $(VENV)/.bench
 	$(BIN)/codir-fast bench --shape all --sweep K B --out benchmarks/results/$(or $(OUT),mine)
+
+static-gpu: $(VENV)/.installed
+	$(BIN)/python -m codir_fast.kernels.static_gate --out $(or $(OUT),build/static-gpu)
+
+# On a machine with a GPU: built for its own Python and torch, into a folder that only these two look into.
+GPU_BUILD := build/gpu
+THEIR_PYTHON = $(abspath $(shell command -v $(PYTHON)))
+GPU_ENV := PYTHONPATH=$(abspath $(GPU_BUILD))
+SANITIZER := compute-sanitizer --error-exitcode 1 --tool
+
+.PHONY: gpu
+gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	  f"torch {torch.__version__} of {sys.executable} sees no CUDA GPU: give another with PYTHON=...")'
+
+$(GPU_BUILD)/.installed: $(BUILD_FILES) $(wildcard codir_fast/*.py codir_fast/*/*.py kernels/*.py benchmarks/*.py)
+	rm -rf $(GPU_BUILD)
+	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(GPU_BUILD) .
+	@touch $@
+
+# Kernels compile on first use: several processes share the GPU where pytest-xdist is there.
+test-gpu: gpu $(GPU_BUILD)/.installed
+	cd tests/gpu && $(GPU_ENV) $(THEIR_PYTHON) -m pytest -q \
+	  $$($(THEIR_PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8 || true)
+	@cd tests/gpu && if $(SANITIZER) memcheck $(THEIR_PYTHON) -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; then \
+	  set -ex; \
+	  $(GPU_ENV) $(SANITIZER) memcheck $(THEIR_PYTHON) -m pytest -q test_sanitizer.py; \
+	  $(GPU_ENV) $(SANITIZER) racecheck $(THEIR_PYTHON) -m pytest -q test_sanitizer.py; \
+	else echo "compute-sanitizer is not there or does not work on this machine: memcheck and racecheck were not run"; fi
+
+bench-gpu: gpu $(GPU_BUILD)/.installed
+	cd $(GPU_BUILD) && $(THEIR_PYTHON) -m codir_fast bench --device cuda --shape all --sweep K --budget 0.3 \
+	  --out $(abspath benchmarks/results)/$(or $(OUT),gpu)
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@ the memory that they take."""
 
 import ctypes
 import gc
+import importlib.metadata
 import os
 import platform
 import random
@@ -21,8 +22,10 @@ from codir_fast import _C, __version__
 
 _MIN_ROUNDS, _MAX_ROUNDS = 3, 200
 _TURN = 0.02  # seconds that a function's turn in a round lasts at least
-_SIDE = 2048  # of the matrices of the sgemm ceiling
-_COPY_BYTES = 1 << 28
+# Of the matrix product and the copy that are the ceilings, by type of device.
+_SIDE = {"cpu": 2048, "cuda": 8192}
+_COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+CPU = torch.device("cpu")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -36,17 +39,26 @@ class Times:
     rounds: int
 
 
-def seconds(run: Callable[[], Any], number: int = 1) -> float:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], Any], number: int = 1, device: torch.device = CPU) -> float:
     """A call takes, by so many in a row."""
+    wait(device)
     start = time.perf_counter()
     for _ in range(number):
         run()
+    wait(device)
     return (time.perf_counter() - start) / number
 
 
 def interleaved(
     runs: Sequence[Callable[[], Any]],
     budget: float,
+    device: torch.device = CPU,
 ) -> list[Times]:
     """Each function once a round (a short one several times in a row), after a round that does not
     count, until the budget (seconds) is spent: what slows the machine down meanwhile hits all
@@ -55,7 +67,7 @@ def interleaved(
     """
     for run in runs:
         run()
-    numbers = [max(1, round(_TURN / max(seconds(run), 1e-6))) for run in runs]
+    numbers = [max(1, round(_TURN / max(seconds(run, 1, device), 1e-6))) for run in runs]
     taken: list[list[float]] = [[] for _ in runs]
     order, shuffle = list(range(len(runs))), random.Random(0).shuffle
     end = time.perf_counter() + budget
@@ -63,40 +75,49 @@ def interleaved(
     while rounds < _MIN_ROUNDS or (time.perf_counter() < end and rounds < _MAX_ROUNDS):
         shuffle(order)
         for n in order:
-            taken[n].append(seconds(runs[n], numbers[n]))
+            taken[n].append(seconds(runs[n], numbers[n], device))
         rounds += 1
     return [Times(statistics.median(times), min(times), max(times), len(times)) for times in taken]
 
 
-def fastest(runs: Sequence[Callable[[], Any]]) -> int:
+def fastest(runs: Sequence[Callable[[], Any]], device: torch.device = CPU) -> int:
     """Position of the function whose best of three calls is the shortest."""
     for run in runs:
         run()
-    best = [min(seconds(run) for _ in range(3)) for run in runs]
+    best = [min(seconds(run, 1, device) for _ in range(3)) for run in runs]
     return best.index(min(best))
 
 
-def ceilings() -> tuple[list[Callable[[], Any]], Callable[[Sequence[Times]], dict[str, float]]]:
-    """Functions to time beside the others, and what their times say: FLOP/s of a float32 product of
-    2048 x 2048 matrices, bytes/s (read and written) of a copy of 256 MiB.
+def ceilings(
+    device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> tuple[list[Callable[[], Any]], Callable[[Sequence[Times]], dict[str, float]]]:
+    """Functions to time beside the others, and what their times say: FLOP/s of a product of
+    matrices of random numbers, 2048 x 2048 (8192 x 8192 on a GPU), bytes/s (read and written) of a
+    copy of 256 MiB (1 GiB).
     """
-    a, b, out = (torch.randn(_SIDE, _SIDE) for _ in range(3))
-    source, target = (torch.zeros(_COPY_BYTES // 4) for _ in range(2))
+    side, num_bytes = _SIDE[device.type], _COPY_BYTES[device.type]
+    a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+    source, target = (torch.zeros(num_bytes // 4, device=device) for _ in range(2))
 
     def read(times: Sequence[Times]) -> dict[str, float]:
         product, copy = times
         return {
-            "sgemm_flops": 2 * _SIDE**3 / product.median,
-            "copy_bytes_per_second": 2 * _COPY_BYTES / copy.median,
+            "product_flops": 2 * side**3 / product.median,
+            "copy_bytes_per_second": 2 * num_bytes / copy.median,
         }
 
     return [lambda: torch.mm(a, b, out=out), lambda: target.copy_(source)], read
 
 
-def peak_memory(run: Callable[[], Any], calls: int = 3) -> int | None:
+def peak_memory(run: Callable[[], Any], calls: int = 3, device: torch.device = CPU) -> int | None:
     """Bytes that a call needs beyond what is held before it, after one that has warmed up; None
-    where the system does not tell (it does on Linux). The least of some calls.
+    where the system does not tell (it does on Linux, and for a GPU). The least of some calls.
     """
+    if device.type == "cuda":
+        start = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - start
     if not _CLEAR.exists() or not os.access(_CLEAR, os.W_OK):
         return None
     return min(_peak_above(run) for _ in range(calls))
@@ -120,14 +141,28 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
 
-def available_memory() -> int:
-    """Bytes that this machine can still give."""
+def available_memory(device: torch.device = CPU) -> int:
+    """Bytes that this machine, or its GPU, can still give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def stamp() -> dict[str, Any]:
+def stamp(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """What the figures belong to."""
-    return {
+    gpu: dict[str, Any] = {}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "cuda": torch.version.cuda,
+            "triton": _version("triton"),
+        }
+    return gpu | {
+        "dtype": str(dtype).removeprefix("torch."),
         "date": date.today().isoformat(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -157,7 +192,17 @@ def _commit() -> str | None:
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return None
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    return _output("git", "-C", str(here), "describe", "--always", "--dirty")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:

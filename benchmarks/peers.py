@@ -45,7 +45,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Peer:
-    """`prepare` makes the function that is timed. `packages`: what it imports.
+    """`prepare` makes the function that is timed; tensors it makes are on the inputs' device.
+    `packages`: what it imports.
 
     `copies`: of the B x K logits that it holds at once (and `copies_per_query` more for each
     query), for the refusal of what does not fit.
@@ -61,6 +62,7 @@ class Peer:
     others_count: bool = False  # the other queries' positives are negatives too
     normalizes: bool = False  # its gradient is along the sphere
     is_floor: bool = False  # not the whole loss: nothing to compare
+    gpu_only: bool = False
 
     def refusal(self, shape: Shape, memory: int) -> str | None:
         """Why it can't run on this shape with so many bytes of memory."""
@@ -80,28 +82,39 @@ class Peer:
         return int(self.copies * 4 * s["B"] * s.get("M", 0) * s.get("D", 0))
 
 
-def make_inputs(shape: Shape) -> Inputs:
+def make_inputs(
+    shape: Shape,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
     torch.manual_seed(0)
+    with torch.device(device):
+        return _make_inputs(shape, dtype)
+
+
+def _make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
     s = shape.sizes
     empty = torch.empty(0)
     query = positive = bank = classes = grad = empty
     index, states, mask = torch.empty(0, dtype=torch.int64), [], empty
     if "D" in s:
-        query, positive = (F.normalize(torch.randn(s["B"], s["D"]), dim=1) for _ in range(2))
+        query, positive = (
+            F.normalize(torch.randn(s["B"], s["D"]), dim=1).to(dtype) for _ in range(2)
+        )
         query.requires_grad_()
-        classes = torch.randn(s["B"] + s["K"], s["D"])
+        classes = torch.empty(s["B"] + s["K"], s["D"], dtype=dtype)
         for part in classes.split(1 << 16):
-            part.copy_(F.normalize(part, dim=1))
+            part.copy_(F.normalize(torch.randn(part.shape), dim=1))
         bank = classes[s["B"] :]
     if shape.operator == "indexed_contrast":
         index = torch.randint(s["K"], (s["B"], s["M"]))
     if "T" in s:
         needs = shape.operator == "masked_pool_backward"
-        states = [torch.randn(s["B"], s["T"], s["H"]) for _ in range(s["L"])]
+        states = [torch.randn(s["B"], s["T"], s["H"]).to(dtype) for _ in range(s["L"])]
         states = [state.requires_grad_(needs) for state in states]
         lengths = torch.linspace(1, 2 * REAL_TOKENS * s["T"] - 1, s["B"]).round().clamp(1, s["T"])
         mask = (torch.arange(s["T"]) < lengths[:, None]).long()
-        grad = torch.randn(s["B"], s["L"] * s["H"])
+        grad = torch.randn(s["B"], s["L"] * s["H"]).to(dtype)
     return Inputs(shape, query, positive, bank, classes, index, states, mask, grad)
 
 
@@ -123,6 +136,7 @@ def _truth(inputs: Inputs, others_count: bool, normalizes: bool) -> Results:
     q, p = inputs.query.detach().double(), inputs.positive.double()
     s_pos = (q * p).sum(1) / T
     total, rows = torch.zeros_like(s_pos), torch.zeros_like(q)
+    rows_at_once = 1 << 14 if q.is_cpu else max(1 << 10, (1 << 28) // len(q))
     positives_only = inputs.classes[: len(q)].copy_(inputs.positive)
     parts = [positives_only] if others_count else []
     if inputs.index.numel():
@@ -131,7 +145,7 @@ def _truth(inputs: Inputs, others_count: bool, normalizes: bool) -> Results:
             weights = ((own @ q[i]) / T - 1 / T).exp()
             total[i], rows[i] = weights.sum(), weights @ own
     else:
-        parts += list(inputs.bank.split(1 << 14))
+        parts += list(inputs.bank.split(rows_at_once))
     for number, part in enumerate(parts):
         weights = (q @ part.double().T / T - 1 / T).exp()
         if others_count and number == 0:
@@ -164,7 +178,7 @@ def _ours(normalize: bool) -> Callable[[Inputs], Run]:
 
 
 def _ours_queue(inputs: Inputs) -> Run:
-    queue = MemoryQueue(*inputs.bank.shape)
+    queue = MemoryQueue(*inputs.bank.shape, dtype=inputs.bank.dtype).to(inputs.bank.device)
     queue.enqueue(inputs.bank)
     loss_fn = ContrastiveLoss(T)
     return _with_gradient(inputs, lambda: loss_fn(inputs.query, inputs.positive, queue))
@@ -177,6 +191,25 @@ def _ours_indexed(inputs: Inputs) -> Run:
         return contrastive_loss(*vectors, negative_index=inputs.index, **options)
 
     return _with_gradient(inputs, loss)
+
+
+def _ours_graph(inputs: Inputs) -> Run:
+    """A step against a queue, captured once, replayed: what is left without PyTorch's overhead."""
+    step = _ours_queue(inputs)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def run() -> Results:
+        graph.replay()
+        return results
+
+    return run
 
 
 def _eager_loss(query: Tensor, positive: Tensor, bank: Tensor) -> Tensor:
@@ -218,14 +251,29 @@ def _linear_cross_entropy(inputs: Inputs) -> Run:
 
 
 def _cut_cross_entropy(inputs: Inputs) -> Run:
-    from cut_cross_entropy.torch_compile import torch_compile_linear_cross_entropy
+    """Its kernels on a GPU, without their filter of small gradients; torch.compile on a CPU."""
+    import cut_cross_entropy
 
     torch.compiler.reset()
     targets = torch.arange(len(inputs.query))
+    implementation = "cce_exact" if inputs.query.is_cuda else "torch_compile"
 
     def loss() -> Tensor:
         inputs.classes[: len(targets)] = inputs.positive
-        return torch_compile_linear_cross_entropy(inputs.query / T, inputs.classes, targets)
+        vectors = (inputs.query / T, inputs.classes)
+        return cut_cross_entropy.linear_cross_entropy(*vectors, targets, impl=implementation)
+
+    return _with_gradient(inputs, loss)
+
+
+def _liger(inputs: Inputs) -> Run:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss_fn, targets = LigerFusedLinearCrossEntropyLoss(), torch.arange(len(inputs.query))
+
+    def loss() -> Tensor:
+        inputs.classes[: len(targets)] = inputs.positive
+        return loss_fn(inputs.classes, inputs.query / T, targets)
 
     return _with_gradient(inputs, loss)
 
@@ -260,19 +308,24 @@ class _Chunked(torch.autograd.Function):
         total = (s_pos - 1 / T).exp()
         rows = total[:, None] * positive
         scaled = query / T
+        total, rows = total.float(), rows.float()
         space = query.new_empty(len(query), size)
         for chunk in bank.split(size):
             weights = torch.mm(scaled, chunk.T, out=space[:, : len(chunk)].view(len(query), -1))
             weights.sub_(1 / T).exp_()
-            total += weights.sum(1)
-            rows.addmm_(weights, chunk)
+            total += weights.sum(1, dtype=torch.float32)
+            if weights.dtype == torch.float32:
+                rows.addmm_(weights, chunk)
+            else:  # sums of many rows need float32
+                rows += weights @ chunk
+        ctx.dtype = query.dtype
         ctx.save_for_backward((rows / total[:, None] - positive) / T)
         return total.log() + 1 / T - s_pos
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (direction,) = ctx.saved_tensors
-        return grad[:, None] * direction, None, None, None
+        return (grad[:, None] * direction).to(ctx.dtype), None, None, None
 
 
 CHUNK_SIZES = (512, 1024, 2048, 4096, 8192, 16384, 65536)
@@ -289,7 +342,7 @@ def _chunked(inputs: Inputs) -> Run:
 
     sizes = [size for size in CHUNK_SIZES if size <= max(len(inputs.bank), CHUNK_SIZES[0])]
     part = inputs.bank[:_SEARCH_ROWS]
-    best = fastest([prepare(size, part) for size in sizes])
+    best = fastest([prepare(size, part) for size in sizes], part.device)
     return prepare(sizes[best], inputs.bank)
 
 
@@ -339,7 +392,7 @@ def _bmm_pool(states: list[Tensor], mask: Tensor) -> Tensor:
 def _pool(pool: Callable[[list[Tensor], Tensor], Tensor]) -> Callable[[Inputs], Run]:
     def prepare(inputs: Inputs) -> Run:
         takes_integers = pool in (pool_hidden_states, _expanded_pool)
-        mask = inputs.mask if takes_integers else inputs.mask.float()
+        mask = inputs.mask if takes_integers else inputs.mask.to(inputs.grad.dtype)
         if inputs.shape.operator == "masked_pool":
             return lambda: (pool(inputs.hidden_states, mask),)
         pooled = pool(inputs.hidden_states, mask)
@@ -361,6 +414,14 @@ PEERS = (
         normalizes=True,
     ),
     Peer("codir_fast-queue", _BANK, _ours_queue, "ContrastiveLoss(), MemoryQueue", normalizes=True),
+    Peer(
+        "codir_fast-graph",
+        _BANK,
+        _ours_graph,
+        "ContrastiveLoss(), MemoryQueue, replayed as a CUDA graph",
+        normalizes=True,
+        gpu_only=True,
+    ),
     Peer("two-products", _BANK, _two_products, "q @ b.T @ b, no loss", copies=1, is_floor=True),
     Peer("chunked", _BANK, _chunked, "PyTorch loop over the bank, one pass, best chunk size"),
     Peer("eager", _BANK, _eager, "matmul, cat, cross_entropy", copies=4),
@@ -377,10 +438,19 @@ PEERS = (
         "cut_cross_entropy",
         _BANK,
         _cut_cross_entropy,
-        "Apple's Cut Cross-Entropy, its implementation for CPUs (torch_compile)",
+        "Apple's Cut Cross-Entropy: cce_exact, on CPUs torch_compile",
         ("cut_cross_entropy",),
         copies=3,
         others_count=True,
+    ),
+    Peer(
+        "liger",
+        _BANK,
+        _liger,
+        "LigerFusedLinearCrossEntropyLoss",
+        ("liger_kernel",),
+        others_count=True,
+        gpu_only=True,
     ),
     Peer(
         "info-nce-pytorch",

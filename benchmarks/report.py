@@ -16,7 +16,7 @@ Row = dict[str, Any]
 def as_table(rows: Sequence[Row], ceilings: dict[str, float]) -> str:
     """Markdown, one table a shape."""
     parts = [
-        f"Ceilings in the same run: sgemm {ceilings['sgemm_flops'] / 1e9:.0f} GFLOP/s, "
+        f"Ceilings in the same run: matrix product {ceilings['product_flops'] / 1e9:.0f} GFLOP/s, "
         f"copy {ceilings['copy_bytes_per_second'] / 1e9:.1f} GB/s."
     ]
     for shape in dict.fromkeys(row["shape"] for row in rows):

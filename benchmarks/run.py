@@ -2,13 +2,13 @@
 with float64 before any timing.
 
 Everything is timed in interleaved rounds, with the ceilings of the machine (a product of matrices
-of 2048 x 2048, a copy of 256 MiB) in the same run.
+of 2048 x 2048, a copy of 256 MiB; 8192 x 8192 and 1 GiB on a GPU) in the same run.
 """
 
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from codir_fast.benchmarks.shapes import SHAPES, Shape, bank, find_shape
 
 from codir_fast.errors import UsageError
 
-# Of float32 results, relative to the largest element of the truth.
-TOLERANCE = 1e-4
+# Of results, relative to the largest element of the truth.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _SLOW = 3.0  # seconds; what takes longer is timed once
 SWEEPS = {
     "K": [bank("K", 256, 1 << n, 128) for n in range(10, 23, 2)],
@@ -34,6 +34,14 @@ SWEEP_PEERS = {
 Advance = Callable[[], None]
 
 
+@dataclass(frozen=True)
+class Where:
+    """Device and dtype of all inputs."""
+
+    device: torch.device = measure.CPU
+    dtype: torch.dtype = torch.float32
+
+
 def run(arguments: list[str]) -> int:
     options = _parse(arguments)
     if options.list:
@@ -42,15 +50,18 @@ def run(arguments: list[str]) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     out = None if options.out is None else _folder(options.out)
+    where = _where(options)
     every = options.shape in (None, ["all"])
-    shapes = list(SHAPES) if every else [find_shape(text) for text in options.shape]
+    fitting = [shape for shape in SHAPES if where.device.type != "cpu" or not shape.gpu_only]
+    shapes = fitting if every else [find_shape(text) for text in options.shape]
     sweeps = options.sweep or []
-    results = {"machine": measure.stamp(), "ceilings": {}, "shapes": [], "sweeps": {}}
+    machine = measure.stamp(where.device, where.dtype)
+    results = {"machine": machine, "ceilings": {}, "shapes": [], "sweeps": {}}
     if options.shape or not sweeps:
-        _run_shapes(shapes, options.peers, options.budget, results)
+        _run_shapes(shapes, where, options, results)
         print(report.as_table(results["shapes"], results["ceilings"]))
     for letter in sweeps:
-        results["sweeps"][letter] = _run_sweep(letter, options.peers, options.budget)
+        results["sweeps"][letter] = _run_sweep(letter, where, options)
         print(_sweep_table(results["sweeps"][letter], letter))
     if out is not None:
         _write(out, results)
@@ -71,6 +82,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", help="names from --list; default: all that can run")
     parser.add_argument(
         "--sweep", nargs="+", help="curves over K (1,024 to 4 M rows) or B (1 to 64)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--dtype",
+        help="of the inputs: float32 on a CPU; bfloat16 (default), float16, float32",
     )
     parser.add_argument("--threads", type=int, help="of PyTorch; default: as it is")
     parser.add_argument(
@@ -98,6 +114,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _where(options: argparse.Namespace) -> Where:
+    if options.device not in ("cpu", "cuda"):
+        raise UsageError(f"`device` must be cpu or cuda, got {options.device}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("`device` is cuda, but torch sees no CUDA GPU")
+    device = torch.device(options.device)
+    name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    names = ("float32",) if device.type == "cpu" else ("float32", "bfloat16", "float16")
+    if name not in names:
+        raise UsageError(f"`dtype` must be of {', '.join(names)} on {device}, got {name}")
+    return Where(device, getattr(torch, name))
+
+
 def _folder(text: str) -> Path:
     folder = Path(text)
     try:
@@ -123,20 +152,23 @@ def _bar(total: int) -> Any:
     return tqdm(total=total, unit="peer", dynamic_ncols=True)
 
 
-def _chosen(operator: str, names: Sequence[str] | None) -> list[Peer]:
+def _chosen(operator: str, names: Sequence[str] | None, device: torch.device) -> list[Peer]:
     """Of this operator; ours is always among them, since all is measured against it."""
     of_operator = [peer for peer in PEERS if peer.operator == operator]
+    if device.type == "cpu":
+        of_operator = [peer for peer in of_operator if not peer.gpu_only]
     return [p for p in of_operator if names is None or p.name in names or p.name == report.OURS]
 
 
 def _run_shapes(
-    shapes: list[Shape], names: Sequence[str] | None, budget: float, results: dict[str, Any]
+    shapes: list[Shape], where: Where, options: argparse.Namespace, results: dict[str, Any]
 ) -> None:
     ceilings: dict[str, list[float]] = {}
-    with _bar(sum(len(_chosen(shape.operator, names)) for shape in shapes)) as bar:
-        for shape in shapes:
+    peers = [_chosen(shape.operator, options.peers, where.device) for shape in shapes]
+    with _bar(sum(len(chosen) for chosen in peers)) as bar:
+        for shape, chosen in zip(shapes, peers, strict=True):
             bar.set_description(shape.name)
-            rows, found = measure_shape(shape, _chosen(shape.operator, names), budget, bar.update)
+            rows, found = measure_shape(shape, chosen, options.budget, bar.update, where)
             results["shapes"] += rows
             for key, value in found.items():
                 ceilings.setdefault(key, []).append(value)
@@ -144,52 +176,66 @@ def _run_shapes(
 
 
 def measure_shape(
-    shape: Shape, peers: Sequence[Peer], budget: float, advance: Advance = lambda: None
+    shape: Shape,
+    peers: Sequence[Peer],
+    budget: float,
+    advance: Advance = lambda: None,
+    where: Where = Where(),  # noqa: B008 (immutable)
 ) -> tuple[list[report.Row], dict[str, float]]:
     """A row for each peer, and the ceilings of this run. Ours is the first peer."""
     common: report.Row = {"shape": shape.name, "operator": shape.operator, "sizes": shape.sizes}
-    inputs = make_inputs(shape)
+    inputs = make_inputs(shape, where.device, where.dtype)
     rows: list[report.Row] = []
     quick: list[tuple[report.Row, Callable[[], Any]]] = []
     for peer in peers:
         row = common | {"peer": peer.name, "what": peer.what}
         rows.append(row)
-        run = _prepare(peer, inputs, row)
+        run = _prepare(peer, inputs, row, where)
         if run is not None:
-            took = measure.seconds(run)
+            took = measure.seconds(run, 1, where.device)
             is_slow = took > _SLOW
-            row["extra_memory"] = measure.peak_memory(run, calls=1 if is_slow else 3)
+            calls = 1 if is_slow else 3
+            row["extra_memory"] = measure.peak_memory(run, calls, where.device)
             if is_slow:
                 row["times"] = measure.Times(took, took, took, 1)
             else:
                 quick.append((row, run))
         advance()
-    tops, read = measure.ceilings()
+    tops, read = measure.ceilings(where.device, where.dtype)
     runs = [run for _, run in quick] + tops
-    times = measure.interleaved(runs, budget * len(runs))
+    times = measure.interleaved(runs, budget * len(runs), where.device)
     ceilings = read(times[len(quick) :])
     for (row, _), each in zip(quick, times, strict=False):
         row["times"] = each
     ours = rows[0]["times"].median
     for row in rows:
         if "refused" not in row:
-            row |= _figures(shape, row.pop("times"), ours, ceilings)
+            row |= _figures(shape, row.pop("times"), ours, ceilings, where.dtype.itemsize)
     return rows, ceilings
 
 
-def _prepare(peer: Peer, inputs: Inputs, row: report.Row) -> Callable[[], Any] | None:
+def _prepare(peer: Peer, inputs: Inputs, row: report.Row, where: Where) -> Callable[[], Any] | None:
     """The peer's function once it has run and was right, with its error in the row; or the reason
     why it is not timed.
     """
-    row["refused"] = peer.refusal(inputs.shape, measure.available_memory())
+    row["refused"] = peer.refusal(inputs.shape, measure.available_memory(where.device))
     if row["refused"] is None:
-        run = peer.prepare(inputs)
-        results = run()
+        try:
+            with torch.device(where.device):
+                run = peer.prepare(inputs)
+            results = run()
+        except Exception as error:
+            if peer.name == report.OURS:
+                raise
+            # Somebody else's code, on a machine that it may not know.
+            row["refused"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            return None
         row["error"] = None if peer.is_floor else error_of(results, _truth(peer, inputs))
-        if peer.is_floor or row["error"] <= TOLERANCE:
+        tolerance = TOLERANCE[where.dtype]
+        if peer.is_floor or row["error"] <= tolerance:
             del row["refused"]
             return run
-        row["refused"] = f"wrong: error {row['error']:.1e}, allowed {TOLERANCE:.0e}"
+        row["refused"] = f"wrong: error {row['error']:.1e}, allowed {tolerance:.0e}"
     if peer.name == report.OURS:
         raise RuntimeError(f"{peer.name} at {inputs.shape} {row['refused']}")
     return None
@@ -197,10 +243,10 @@ def _prepare(peer: Peer, inputs: Inputs, row: report.Row) -> Callable[[], Any] |
 
 def check(peer: Peer, run: Callable[[], Any], inputs: Inputs) -> float:
     """The error of a peer, which must be right."""
-    error = error_of(run(), _truth(peer, inputs))
-    if not error <= TOLERANCE:
+    error, tolerance = error_of(run(), _truth(peer, inputs)), TOLERANCE[torch.float32]
+    if not error <= tolerance:
         raise RuntimeError(
-            f"{peer.name} is wrong at {inputs.shape}: error {error:.1e}, allowed {TOLERANCE:.0e}"
+            f"{peer.name} is wrong at {inputs.shape}: error {error:.1e}, allowed {tolerance:.0e}"
         )
     return error
 
@@ -210,7 +256,7 @@ def _truth(peer: Peer, inputs: Inputs) -> Any:
 
 
 def _figures(
-    shape: Shape, times: measure.Times, ours: float, ceilings: dict[str, float]
+    shape: Shape, times: measure.Times, ours: float, ceilings: dict[str, float], itemsize: int
 ) -> report.Row:
     row: report.Row = {
         "median": times.median,
@@ -223,9 +269,13 @@ def _figures(
         rate = shape.flop / times.median
         return row | {
             "gflops": rate / 1e9,
-            "share_of_ceiling": rate / ceilings["sgemm_flops"],
+            "share_of_ceiling": rate / ceilings["product_flops"],
+            # What bounds few queries: the bank is read once; a copy moves each byte twice.
+            "share_of_copy": shape.bytes(itemsize)
+            / times.median
+            / ceilings["copy_bytes_per_second"],
         }
-    rate = shape.bytes / times.median
+    rate = shape.bytes(itemsize) / times.median
     # A copy moves each byte twice, in and out.
     return row | {
         "gigabytes_per_second": rate / 1e9,
@@ -233,16 +283,16 @@ def _figures(
     }
 
 
-def _run_sweep(letter: str, names: Sequence[str] | None, budget: float) -> list[report.Row]:
-    wanted = SWEEP_PEERS[letter] if names is None else names
-    peers = _chosen("bank_contrast", wanted)
+def _run_sweep(letter: str, where: Where, options: argparse.Namespace) -> list[report.Row]:
+    wanted = SWEEP_PEERS[letter] if options.peers is None else options.peers
+    peers = _chosen("bank_contrast", wanted, where.device)
     rows = []
     with _bar(len(SWEEPS[letter]) * len(peers)) as bar:
         for shape in SWEEPS[letter]:
             size = shape.sizes[letter]
             bar.set_description(f"{letter}={size}")
             named = replace(shape, name=f"{letter}={size}")
-            rows += measure_shape(named, peers, budget, bar.update)[0]
+            rows += measure_shape(named, peers, options.budget, bar.update, where)[0]
     return rows
 
 
@@ -265,11 +315,11 @@ def _sweep_table(rows: list[report.Row], letter: str) -> str:
 
 def _write(out: Path, results: dict[str, Any]) -> None:
     machine = results["machine"]
+    on_cpu = (machine["cpu"], f"{machine['threads']} threads", machine["instruction_set"])
     stamp = ", ".join(
         (
-            f"{machine['cpu']}",
-            f"{machine['threads']} threads",
-            machine["instruction_set"],
+            *((machine["gpu"],) if "gpu" in machine else on_cpu),
+            machine["dtype"],
             f"torch {machine['torch']}",
             f"codir_fast {machine['codir_fast']}",
             machine["date"],

@@ -15,6 +15,7 @@ class Shape:
     operator: str
     sizes: dict[str, int]
     why: str = ""
+    gpu_only: bool = False
 
     @property
     def flop(self) -> int:
@@ -22,15 +23,14 @@ class Shape:
         s = self.sizes
         return 4 * s["B"] * s["K"] * s["D"] if self.operator == "bank_contrast" else 0
 
-    @property
-    def bytes(self) -> int:
-        """That must be read or written in float32, inputs that every peer reads anyway."""
+    def bytes(self, itemsize: int) -> int:
+        """That must be read or written, inputs that every peer reads anyway."""
         s = self.sizes
         if self.operator == "bank_contrast":
-            return 4 * s["K"] * s["D"]
+            return itemsize * s["K"] * s["D"]
         if self.operator == "indexed_contrast":
-            return 4 * s["B"] * s["M"] * s["D"]
-        every = 4 * s["L"] * s["B"] * s["T"] * s["H"]
+            return itemsize * s["B"] * s["M"] * s["D"]
+        every = itemsize * s["L"] * s["B"] * s["T"] * s["H"]
         return every if self.operator == "masked_pool_backward" else round(every * REAL_TOKENS)
 
     def __str__(self) -> str:
@@ -41,18 +41,22 @@ class Shape:
 REAL_TOKENS = 0.57  # share of tokens that are not padding, in sentences batched at random
 
 
-def bank(name: str, B: int, K: int, D: int, why: str = "") -> Shape:
-    return Shape(name, "bank_contrast", {"B": B, "K": K, "D": D}, why)
+def bank(name: str, B: int, K: int, D: int, why: str = "", gpu_only: bool = False) -> Shape:
+    return Shape(name, "bank_contrast", {"B": B, "K": K, "D": D}, why, gpu_only)
 
 
 _POOL = {"L": 6, "B": 32, "T": 64, "H": 384}
+_BERT_POOL = {"L": 12, "B": 32, "T": 128, "H": 768}
 SHAPES = (
     bank("launch", 32, 4096, 128, "overhead shows"),
     bank("codir", 32, 65536, 128, "CoDIR's fine-tuning stage"),
     bank("moco", 256, 65536, 128, "MoCo's queue"),
     bank("wide", 1024, 65536, 128, "a large batch"),
     bank("deep", 256, 32768, 768, "BERT's width"),
-    bank("huge", 64, 1048576, 128, "a bank of 512 MiB"),
+    bank("huge", 64, 1048576, 128, "a bank of a million rows"),
+    bank("clip", 4096, 1048576, 128, "a large batch and a large bank", gpu_only=True),
+    bank("narrow", 4096, 65536, 64, "more exponentials than products", gpu_only=True),
+    bank("broad", 4096, 65536, 256, "a wide embedding", gpu_only=True),
     Shape(
         "crd",
         "indexed_contrast",
@@ -61,6 +65,10 @@ SHAPES = (
     ),
     Shape("pool", "masked_pool", _POOL, "all layers of a 6-layer MiniLM"),
     Shape("pool-backward", "masked_pool_backward", _POOL, "their gradient"),
+    Shape("bert-pool", "masked_pool", _BERT_POOL, "all layers of BERT", True),
+    Shape(
+        "bert-pool-backward", "masked_pool_backward", _BERT_POOL, "their gradient", gpu_only=True
+    ),
 )
 
 

@@ -5,9 +5,9 @@ Up to a width that registers hold, a program keeps BLOCK_B queries and walks ove
 bank: s = q.b/t, weights e^{s - shift} (sigmoid in NCE), sums of weights and of weight * b, as
 attention does with keys = values = bank. Rows of unit length allow the fixed shift 1/t. A program
 whose sums overflow all the same, and float16, whose weights would vanish, follow the running
-maximum. Wider embeddings take two products over chunks of the bank that stay in cache: weights, then
-weights times rows. Either way combine_kernel merges the splits in a fixed order. Nothing of size
-B x K exists.
+maximum. Wider embeddings take two products over chunks of the bank that stay in cache: weights,
+then weights times rows. Either way combine_kernel merges the splits in a fixed order. Nothing of
+size B x K exists.
 """
 
 from typing import Any
@@ -34,9 +34,7 @@ MAX_FIXED_SHIFT = tl.constexpr(62.5)
 
 
 @triton.jit
-def _load_scale(
-    scale_ptr, valid_ptr, j, K, HAS_SCALE: tl.constexpr, HAS_VALID: tl.constexpr
-):
+def _load_scale(scale_ptr, valid_ptr, j, K, HAS_SCALE: tl.constexpr, HAS_VALID: tl.constexpr):
     """Scale of bank rows j, and which of them may be read: not past the end, and valid."""
     usable = j < K
     if HAS_VALID:
@@ -112,9 +110,7 @@ def _mask(
 
 
 @triton.jit
-def _load_picks(
-    labels_ptr, exclude_ptr, i, B, HAS_LABELS: tl.constexpr, HAS_EXCLUDE: tl.constexpr
-):
+def _load_picks(labels_ptr, exclude_ptr, i, B, HAS_LABELS: tl.constexpr, HAS_EXCLUDE: tl.constexpr):
     """Label and excluded row of each query."""
     label, excluded = i, i
     if HAS_LABELS:
@@ -259,7 +255,7 @@ def bank_contrast_kernel(
     else:
         factor = factor * LOG2E
         shift = tl.full((BLOCK_B,), -float("inf"), tl.float32)
-    fixed: tl.constexpr = NCE or (FIXED and OPERAND != tl.float16)
+    fixed: tl.constexpr = NCE or (FIXED and tl.float16 != OPERAND)
     total = tl.zeros((BLOCK_B,), tl.float32)
     rows = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     follow = True
@@ -299,7 +295,7 @@ def bank_contrast_kernel(
         )
         overflow = tl.max(tl.where(total < float("inf"), 0, 1), 0) > 0  # NaN is not below it
         follow = overflow | (not fits)
-    if not NCE:
+    if not NCE:  # noqa: SIM102 (known to the compiler, as the next is not)
         if follow:
             shift, total, rows = _scan(
                 tl.full((BLOCK_B,), -float("inf"), tl.float32),
@@ -360,9 +356,7 @@ def _product(
             query = query_ptr.load([tl.program_id(0) * BLOCK_B, d0])
         else:
             query = _load_queries(query_ptr, i, d0 + tl.arange(0, CHUNK_D), B, D)
-        tile = _load_bank(
-            bank, j0, d0, usable, D, query.dtype, HAS_VALID, TMA, BLOCK_K, CHUNK_D
-        )
+        tile = _load_bank(bank, j0, d0, usable, D, query.dtype, HAS_VALID, TMA, BLOCK_K, CHUNK_D)
         s = tl.dot(query, tl.trans(tile), s, input_precision=PRECISION)
     return s
 
@@ -711,7 +705,8 @@ def _one_pass(problem: Problem, tile: dict[str, Any]) -> tuple[Tensor, Tensor, T
 
 def _two_products(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     B, K, D, dtype, device = problem.B, problem.K, problem.D, problem.dtype, problem.device
-    first, second = tiles.bank_contrast_wide(tiles.architecture(device), dtype)
+    arch = tiles.architecture(device)
+    first, second = tiles.bank_contrast_wide(arch, dtype, problem.flags)
     BLOCK_K = first["BLOCK_K"]
     chunk = min(tiles.chunk_rows(B, D, dtype, BLOCK_K), triton.cdiv(max(K, 1), BLOCK_K) * BLOCK_K)
     blocks = triton.cdiv(B, second["BLOCK_B"]) * triton.cdiv(D, second["BLOCK_D"])
@@ -812,9 +807,7 @@ def bank_contrast_backward(
     dbank = torch.empty(K, D, dtype=bank.dtype, device=bank.device)
     if K == 0 or B == 0:
         return dbank.zero_()
-    tile = tiles.bank_contrast_backward(
-        tiles.architecture(query.device), query.dtype, padded(D)
-    )
+    tile = tiles.bank_contrast_backward(tiles.architecture(query.device), query.dtype, padded(D))
     with torch.cuda.device_of(query):
         operand, masks = problem.prepare()
         grid = (triton.cdiv(K, tile["BLOCK_K"]), triton.cdiv(D, tile["BLOCK_D"]))

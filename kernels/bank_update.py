@@ -7,6 +7,7 @@ takes all of them, one after the other. No row has two writers.
 import torch
 import triton
 import triton.language as tl
+from codir_fast.kernels import tiles
 from codir_fast.kernels.contrast import QUERY_DTYPES, check, padded
 from torch import Tensor
 
@@ -90,5 +91,5 @@ def bank_update(
             float(momentum),
             *(N, K, D),
             HAS_FILLED=filled is not None,
-            BLOCK_D=padded(D),
+            **tiles.bank_update(padded(D)),
         )

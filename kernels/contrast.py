@@ -1,5 +1,6 @@
-"""What the kernels of bank_contrast and indexed_contrast share: unit rows before the pass, and after
-it the end of each query, from partial sums over splits of its negatives to loss and gradients.
+"""What the kernels of bank_contrast and indexed_contrast share: unit rows before the pass, and
+after it the end of each query, from partial sums over splits of its negatives to loss and
+gradients.
 
 InfoNCE's logits are in units of log 2 in the pass (exp2 is what the hardware has), its partial sums
 relative to 2^maximum. NCE's, with a = s - log Z - log(c + eps), are sums of softplus(a) and of
@@ -110,8 +111,8 @@ def prepare_kernel(
     BLOCK_B: tl.constexpr,
 ):
     """Grid (num_rows + label_blocks + blocks of K,): the queries that are to be brought to unit
-    length, then labels as numbers of 32 bits, equal exactly where the labels are: half the registers
-    in the pass.
+    length, then labels as numbers of 32 bits, equal exactly where the labels are: half the
+    registers in the pass.
     """
     n = tl.program_id(0)
     if n < num_rows:
@@ -308,9 +309,7 @@ class Problem:
             bank_labels,
             *(self.B, self.K, self.D, num_rows, blocks[0]),
             HAS_LABELS=has_labels,
-            BLOCK_D=padded(self.D),
-            BLOCK_N=LABEL_BLOCK,
-            BLOCK_B=32,
+            **prepare_tile(padded(self.D)),
         )
         return unit, (scale, numbers, bank_numbers, exclude, valid)
 
@@ -355,6 +354,10 @@ class Problem:
 def combine_tile(BLOCK_D: int) -> dict[str, int]:
     """A program merges 8,192 elements at a time, 32 a thread."""
     return {"BLOCK_S": max(1, 8192 // BLOCK_D), "BLOCK_D": BLOCK_D, "num_warps": 8}
+
+
+def prepare_tile(BLOCK_D: int) -> dict[str, int]:
+    return {"BLOCK_D": BLOCK_D, "BLOCK_N": LABEL_BLOCK, "BLOCK_B": 32, "num_warps": 4}
 
 
 def padded(D: int) -> int:

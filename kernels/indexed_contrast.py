@@ -1,8 +1,10 @@
-"""indexed_contrast: contrastive loss of B queries, each against its own M bank rows, named by index.
+"""indexed_contrast: contrastive loss of B queries, each against its own M bank rows, named by
+index.
 
-A program gathers the rows of one query's split of its index, BLOCK_M at a time, and keeps sums under
-the running maximum; combine_kernel merges the splits. The gradient to the bank goes by rows: the
-pairs of a query and a row are sorted by row, and a program adds up its row's pairs in their order.
+A program gathers the rows of one query's split of its index, BLOCK_M at a time, and keeps sums
+under the running maximum; combine_kernel merges the splits. The gradient to the bank goes by rows:
+the pairs of a query and a row are sorted by row, and a program adds up its row's pairs in their
+order.
 """
 
 from typing import Any
@@ -309,8 +311,7 @@ def indexed_contrast_backward(
         return dbank.zero_()
     row, pair = torch.sort(index.flatten(), stable=True)
     begin = torch.searchsorted(row, torch.arange(K + 1, device=row.device))
-    tile = tiles.indexed_contrast(tiles.architecture(query.device), padded(D))
-    tile["BLOCK_M"] = min(tile["BLOCK_M"], 16)  # few queries name the same row
+    tile = tiles.indexed_contrast_backward(tiles.architecture(query.device), padded(D))
     with torch.cuda.device_of(query):
         unit, _ = problem.prepare(number_labels=False)
         indexed_contrast_backward_kernel[(K,)](

@@ -2,7 +2,8 @@
 
 A program owns BLOCK_H columns of one row of one layer and walks over its tokens. The layers'
 addresses are arguments of the kernel, so that they are neither stacked nor copied, and a CUDA graph
-holds them. Tokens that are masked are not loaded. The launchers allocate the results; kernels allocate nothing.
+holds them. Tokens that are masked are not loaded. The launchers allocate the results; kernels
+allocate nothing.
 """
 
 import torch

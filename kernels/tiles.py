@@ -1,5 +1,5 @@
-"""Block sizes of the Triton kernels: one table per operator, by architecture and dtype, and how work
-is split over a GPU.
+"""Block sizes of the Triton kernels: one table per operator, by architecture and dtype, and how
+work is split over a GPU.
 
 A table's row serves its architecture and all later ones up to the next row. None of these sizes has
 been timed yet: they follow from what compiles without spilling, from 16-byte loads and from the
@@ -100,12 +100,37 @@ BANK_CONTRAST: dict[int, dict[Any, dict[int, dict[int, _Tiles]]]] = {
             },
             256: {
                 16: (_tma(16, 64, 4, 3), _tma(16, 32, 8, 3)),
-                32: (_tma(32, 64, 4, 3), _tma(32, 32, 8, 3)),
+                32: (_tma(32, 64, 4, 3), _tma(32, 32, 8, 2)),
                 64: (_tma(64, 64, 4, 3), _tma(64, 32, 8, 3)),
                 _ALL: (_tma(128, 64, 8, 2), _tma(64, 32, 8, 3)),
             },
             512: {
                 _ALL: (_tma(64, 64, 8, 2, FIXED=False), _tma(64, 32, 8, 3, FIXED=False)),
+            },
+        },
+        torch.float32: {
+            64: {_ALL: (_tma(32, 32, 4, 2), _tma(32, 32, 4, 2))},
+            128: {_ALL: (_tma(16, 32, 8, 2), _tma(16, 32, 8, 2))},
+        },
+    },
+    100: {
+        HALF: {
+            64: {
+                16: (_tma(16, 128, 4, 4), _tma(16, 64, 4, 4)),
+                32: (_tma(32, 128, 4, 4), _tma(32, 32, 4, 4)),
+                64: (_tma(64, 128, 4, 4), _tma(64, 32, 8, 3)),
+                _ALL: (_tma(128, 128, 8, 3), _tma(64, 32, 8, 3)),
+            },
+            128: {
+                16: (_tma(16, 128, 4, 3), _tma(16, 64, 4, 3)),
+                32: (_tma(32, 128, 4, 3), _tma(32, 64, 8, 3)),
+                64: (_tma(64, 128, 4, 3), _tma(64, 32, 8, 2)),
+                _ALL: (_tma(128, 128, 8, 3), _tma(64, 32, 8, 2)),
+            },
+            256: {
+                16: (_tma(16, 64, 4, 3), _tma(16, 32, 8, 3)),
+                32: (_tma(32, 64, 4, 3), _tma(32, 32, 8, 3)),
+                _ALL: (_tma(64, 32, 8, 3), _tma(64, 32, 8, 3)),
             },
         },
         torch.float32: {
@@ -136,14 +161,31 @@ class RowsTile(NamedTuple):
     num_stages: int
 
 
-BANK_CONTRAST_WIDE: dict[int, dict[Any, tuple[WideTile, RowsTile]]] = {
+# Weights, weights of NCE, rows.
+BANK_CONTRAST_WIDE: dict[int, dict[Any, tuple[WideTile, WideTile, RowsTile]]] = {
     80: {
-        HALF: (WideTile(128, 64, 64, 4, 3), RowsTile(64, 128, 8, 3)),
-        torch.float32: (WideTile(32, 32, 32, 4, 2), RowsTile(32, 64, 4, 2)),
+        HALF: (
+            WideTile(128, 64, 64, 4, 3),
+            WideTile(64, 64, 64, 4, 3),
+            RowsTile(64, 128, 8, 3),
+        ),
+        torch.float32: (
+            WideTile(32, 32, 32, 4, 2),
+            WideTile(32, 32, 32, 4, 2),
+            RowsTile(32, 64, 4, 2),
+        ),
     },
     90: {
-        HALF: (WideTile(128, 128, 64, 8, 4, TMA=True), RowsTile(128, 128, 8, 3)),
-        torch.float32: (WideTile(32, 32, 32, 4, 2, TMA=True), RowsTile(32, 64, 4, 2)),
+        HALF: (
+            WideTile(128, 128, 64, 8, 4, TMA=True),
+            WideTile(64, 128, 64, 8, 4, TMA=True),
+            RowsTile(128, 128, 8, 3),
+        ),
+        torch.float32: (
+            WideTile(32, 32, 32, 4, 2, TMA=True),
+            WideTile(32, 32, 32, 4, 2, TMA=True),
+            RowsTile(32, 64, 8, 2),
+        ),
     },
 }
 
@@ -176,7 +218,7 @@ class IndexedTile(NamedTuple):
     num_warps: int
 
 
-INDEXED_CONTRAST: dict[int, IndexedTile] = {80: IndexedTile(8192, 4)}
+INDEXED_CONTRAST: dict[int, IndexedTile] = {80: IndexedTile(8192, 8)}
 
 
 def bank_contrast(
@@ -197,14 +239,19 @@ def bank_contrast(
     return {**tile._asdict(), "BLOCK_D": BLOCK_D}
 
 
-def bank_contrast_wide(arch: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    weights, rows = choose(BANK_CONTRAST_WIDE, arch)[_key(dtype)]
-    return weights._asdict(), rows._asdict()
+def bank_contrast_wide(
+    arch: int, dtype: torch.dtype, flags: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tiles of the two products."""
+    weights, of_nce, rows = choose(BANK_CONTRAST_WIDE, arch)[_key(dtype)]
+    return (of_nce if flags["NCE"] else weights)._asdict(), rows._asdict()
 
 
 def bank_contrast_backward(arch: int, dtype: torch.dtype, padded_D: int) -> dict[str, Any]:
     tile = choose(BANK_CONTRAST_BACKWARD, arch)[_key(dtype)]
     BLOCK_D, CHUNK_D = min(tile.BLOCK_D, padded_D), min(tile.CHUNK_D, padded_D)
+    if BLOCK_D < 128:
+        tile = tile._replace(BLOCK_K=32, num_warps=4)
     return tile._replace(BLOCK_D=BLOCK_D, CHUNK_D=CHUNK_D)._asdict()
 
 
@@ -212,6 +259,15 @@ def indexed_contrast(arch: int, padded_D: int) -> dict[str, int]:
     tile = choose(INDEXED_CONTRAST, arch)
     rows = max(1, min(64, tile.ELEMENTS // padded_D))
     return {"BLOCK_M": rows, "BLOCK_D": padded_D, "num_warps": tile.num_warps}
+
+
+def indexed_contrast_backward(arch: int, padded_D: int) -> dict[str, int]:
+    tile = indexed_contrast(arch, padded_D)
+    return {**tile, "BLOCK_M": min(tile["BLOCK_M"], 16)}  # few queries name the same row
+
+
+def bank_update(padded_D: int) -> dict[str, int]:
+    return {"BLOCK_D": padded_D, "num_warps": 4 if padded_D <= 1024 else 16}
 
 
 def _key(dtype: torch.dtype) -> Any:
@@ -236,7 +292,7 @@ def _split(
     # float32 sums of very many rows lose digits; they are added up in float64 in the end.
     longest = triton.cdiv(8192, BLOCK_K) if dtype == torch.float32 else num_tiles
     least = min(triton.cdiv(num_tiles, longest), max(1, MAX_PARTIAL_BYTES // partial_bytes))
-    most = max(least, min(num_tiles, 2 * triton.cdiv(slots, blocks), 4 * least + slots))
+    most = max(least, min(num_tiles, 2 * triton.cdiv(slots, blocks)))
 
     def cost(splits: int) -> tuple[int, int]:
         waves = triton.cdiv(blocks * splits, slots)
@@ -264,7 +320,7 @@ def num_programs(device: torch.device, resident: int) -> int:
 
 
 def architecture(device: torch.device) -> int:
-    """90 for sm_90; for Triton's interpreter, which takes all of Triton, the newest of the tables."""
+    """90 for sm_90, and for Triton's interpreter, which takes whatever Triton has."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)

@@ -10,7 +10,6 @@ import codir_fast
 from codir_fast import backend
 
 
-
 @dataclass
 class Like:
     """What a backend is chosen by: a tensor's device, dtype and shape, on a GPU that need not be

@@ -1,4 +1,4 @@
-"""bank_update's Triton kernel on CPU tensors, against the C++ operator, which is tested by itself."""
+"""bank_update's Triton kernel on CPU tensors, against the C++ operator, which has its own tests."""
 
 import pytest
 import torch

@@ -1,0 +1,305 @@
+"""Every kernel of the tables in tiles.py as it is launched, with the types of its arguments: what
+`make static-gpu` compiles, and what tests look into.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from codir_fast.kernels import (
+    bank_contrast,
+    bank_update,
+    contrast,
+    indexed_contrast,
+    masked_pool,
+    tiles,
+)
+from codir_fast.kernels.ahead_of_time import Type, descriptor, pointer
+from triton.runtime import JITFunction
+
+ARCHITECTURES = (80, 90, 100)
+HALF, FLOAT = torch.bfloat16, torch.float32
+COUNT, NUMBER = Type("i32"), Type("fp32")
+WIDTH = Type("i32", divisible=True)
+
+# What picks a query's negatives, by the uses that the public interface has.
+USES: dict[str, dict[str, bool]] = {
+    "all rows": {},
+    "all rows, odd K": {"HAS_TAIL": True},
+    "own row left out": {"HAS_EXCLUDE": True},
+    "bank with labels": {"HAS_LABELS": True, "HAS_EXCLUDE": True},
+    "bank not full": dict.fromkeys(("HAS_LABELS", "HAS_EXCLUDE", "HAS_VALID", "HAS_TAIL"), True),
+    "rows of any length": {"HAS_SCALE": True, "HAS_TAIL": True},
+    "rows of any length, labels": dict.fromkeys(
+        ("HAS_SCALE", "HAS_LABELS", "HAS_EXCLUDE", "HAS_TAIL"), True
+    ),
+    "NCE": {"NCE": True},
+    "NCE, bank not full": dict.fromkeys(
+        ("NCE", "HAS_LABELS", "HAS_EXCLUDE", "HAS_VALID", "HAS_TAIL"), True
+    ),
+}
+FLAGS = ("HAS_SCALE", "HAS_LABELS", "HAS_EXCLUDE", "HAS_VALID", "HAS_TAIL", "NCE", "T_ON_DEVICE")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel for sm_`arch`, as ahead_of_time.build takes it."""
+
+    operator: str
+    name: str
+    arch: int
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.operator}: {self.name}, sm_{self.arch}"
+
+
+def every(arch: int) -> list[Variant]:
+    """All variants for an architecture; of those that are the same the first."""
+    different: dict[tuple[Any, ...], Variant] = {}
+    for variant in _every(arch):
+        key = (variant.kernel, repr(variant.arguments), repr(variant.options))
+        different.setdefault(key, variant)
+    return list(different.values())
+
+
+def _every(arch: int) -> Iterator[Variant]:
+    yield from pools(arch)
+    for dtype in (HALF, torch.float16, FLOAT):
+        for D in (64, 128, 256, 512):
+            for B in (16, 32, 64, 128):
+                for use in USES:
+                    # float16 takes the same tiles as bfloat16, without the fixed shift.
+                    if dtype != torch.float16 or use in ("all rows", "bank with labels"):
+                        yield from passes(arch, dtype, B, D, use)
+    for dtype in (HALF, FLOAT):
+        for use in USES:
+            yield from two_products(arch, dtype, use)
+            for D in (64, 128, 1024):
+                yield backward(arch, dtype, D, use)
+    for D in (64, 128, 512, 4096):
+        for use in ("all rows", "bank not full", "rows of any length, labels", "NCE"):
+            yield from by_index(arch, D, use)
+        yield from others(arch, D)
+
+
+def _flags(use: str) -> dict[str, bool]:
+    return dict.fromkeys(FLAGS, False) | USES[use]
+
+
+def _masks(flags: dict[str, bool], label_dtype: torch.dtype) -> dict[str, Type | None]:
+    types = {
+        "scale_ptr": (FLOAT, "HAS_SCALE"),
+        "labels_ptr": (label_dtype, "HAS_LABELS"),
+        "bank_labels_ptr": (label_dtype, "HAS_LABELS"),
+        "exclude_ptr": (torch.int64, "HAS_EXCLUDE"),
+        "valid_ptr": (torch.uint8, "HAS_VALID"),
+    }
+    return {name: pointer(dtype) if flags[flag] else None for name, (dtype, flag) in types.items()}
+
+
+def _objective(flags: dict[str, bool]) -> dict[str, Type | None]:
+    partition = pointer(torch.float64) if flags["NCE"] else None
+    numbers = dict.fromkeys(("inv_temperature", "log_noise", "extra"), NUMBER)
+    return {**numbers, "log_partition_ptr": partition}
+
+
+def _sums() -> dict[str, Type]:
+    return dict.fromkeys(("maximum_ptr", "total_ptr", "rows_ptr"), pointer(FLOAT))
+
+
+def _variant(
+    operator: str, name: str, arch: int, kernel: JITFunction, given: dict[str, Any]
+) -> Variant:
+    options = {key: given[key] for key in ("num_warps", "num_stages") if key in given}
+    arguments = {key: given[key] for key in kernel.arg_names}
+    return Variant(operator, name, arch, kernel, arguments, options)
+
+
+def _name(*parts: Any) -> str:
+    return ", ".join(str(part).removeprefix("torch.") for part in parts)
+
+
+def passes(arch: int, dtype: torch.dtype, B: int, D: int, use: str) -> Iterator[Variant]:
+    """The one-pass kernel, where the table has a tile for this width."""
+    flags = _flags(use)
+    tile = tiles.bank_contrast(arch, dtype, B, D, flags)
+    if not tile:
+        return
+    bank = descriptor(dtype, tile["BLOCK_K"], tile["BLOCK_D"]) if tile["TMA"] else pointer(dtype)
+    given = {
+        **_sums(),
+        **_masks(flags, torch.int32),
+        **_objective(flags),
+        "query_ptr": pointer(dtype),
+        "bank": bank,
+        **dict.fromkeys(("B", "K", "rows_per_split"), COUNT),
+        "D": WIDTH,
+        **flags,
+        **tile,
+        "PRECISION": contrast.precision(dtype),
+    }
+    name = _name(dtype, f"D={D}", f"B={B}", use)
+    yield _variant("bank_contrast", name, arch, bank_contrast.bank_contrast_kernel, given)
+
+
+def two_products(arch: int, dtype: torch.dtype, use: str) -> Iterator[Variant]:
+    """The kernels for embeddings that are wider than that."""
+    flags = _flags(use)
+    first, second = tiles.bank_contrast_wide(arch, dtype, flags)
+    block = (first["BLOCK_K"], first["CHUNK_D"])
+    queries = (first["BLOCK_B"], first["CHUNK_D"])
+    tma = first["TMA"]
+    common = {
+        **_sums(),
+        **_masks(flags, torch.int32),
+        **_objective(flags),
+        **flags,
+        "weights_ptr": pointer(dtype),
+        **dict.fromkeys(("tile_maximum_ptr", "tile_total_ptr"), pointer(FLOAT)),
+        **dict.fromkeys(("maximum_before_ptr", "total_before_ptr"), pointer(FLOAT)),
+        **dict.fromkeys(("B", "K", "chunk_begin", "tiles_in_chunk", "tiles_per_split"), COUNT),
+        **dict.fromkeys(("D", "chunk_rows"), WIDTH),
+        "PRECISION": contrast.precision(dtype),
+    }
+    given = {
+        **common,
+        "query_ptr": descriptor(dtype, *queries) if tma else pointer(dtype),
+        "bank": descriptor(dtype, *block) if tma else pointer(dtype),
+        **first,
+    }
+    kernel = bank_contrast.bank_contrast_weights_kernel
+    yield _variant("bank_contrast", _name("weights", dtype, use), arch, kernel, given)
+    if use not in ("all rows", "bank not full", "NCE"):
+        return  # the second product differs by no more
+    bank = descriptor(dtype, first["BLOCK_K"], second["BLOCK_D"]) if tma else pointer(dtype)
+    for FIRST in (True, False):
+        given = {**common, "bank": bank, "TMA": tma, "FIRST": FIRST, "BLOCK_K": first["BLOCK_K"]}
+        name = _name("rows", dtype, use, "first chunk" if FIRST else "later chunk")
+        kernel = bank_contrast.bank_contrast_rows_kernel
+        yield _variant("bank_contrast", name, arch, kernel, given | second)
+
+
+def backward(arch: int, dtype: torch.dtype, D: int, use: str) -> Variant:
+    flags = _flags(use)
+    given = {
+        **_masks(flags, torch.int32),
+        **flags,
+        **dict.fromkeys(("dbank_ptr", "query_ptr", "bank"), pointer(dtype)),
+        "grad_ptr": pointer(FLOAT),
+        "lse_ptr": pointer(torch.float64),
+        "inv_temperature": NUMBER,
+        **dict.fromkeys(("B", "K"), COUNT),
+        "D": WIDTH,
+        "PRECISION": contrast.precision(dtype),
+        **tiles.bank_contrast_backward(arch, dtype, D),
+    }
+    kernel = bank_contrast.bank_contrast_backward_kernel
+    name = _name(dtype, f"D={D}", use)
+    return _variant("bank_contrast_backward", name, arch, kernel, given)
+
+
+def by_index(arch: int, D: int, use: str) -> Iterator[Variant]:
+    flags = _flags(use)
+    given = {
+        **_sums(),
+        **_masks(flags, torch.int64),
+        **_objective(flags),
+        **flags,
+        **dict.fromkeys(("query_ptr", "bank_ptr", "dbank_ptr"), pointer(HALF)),
+        **dict.fromkeys(("index_ptr", "pair_ptr", "begin_ptr"), pointer(torch.int64)),
+        "grad_ptr": pointer(FLOAT),
+        "lse_ptr": pointer(torch.float64),
+        **dict.fromkeys(("B", "M", "K", "positions_per_split"), COUNT),
+        "D": WIDTH,
+    }
+    module, name = indexed_contrast, _name(f"D={D}", use)
+    tile = tiles.indexed_contrast(arch, D)
+    yield _variant(
+        "indexed_contrast", name, arch, module.indexed_contrast_kernel, {**given, **tile}
+    )
+    tile = tiles.indexed_contrast_backward(arch, D)
+    kernel = module.indexed_contrast_backward_kernel
+    yield _variant("indexed_contrast_backward", name, arch, kernel, {**given, **tile})
+
+
+def others(arch: int, D: int) -> Iterator[Variant]:
+    """Before and after the passes, and bank_update."""
+    for NCE, NORMALIZE, T_ON_DEVICE in ((False, True, False), (True, False, True)):
+        given = {
+            **_sums(),
+            **_objective({"NCE": NCE}),
+            **dict.fromkeys(("loss_ptr", "dquery_ptr", "dpositive_ptr"), pointer(FLOAT)),
+            **dict.fromkeys(("dinv_temperature_ptr",), pointer(FLOAT)),
+            "lse_ptr": pointer(torch.float64),
+            **dict.fromkeys(("query_ptr", "positive_ptr"), pointer(HALF)),
+            **dict.fromkeys(("B", "splits"), COUNT),
+            "D": WIDTH,
+            "NCE": NCE,
+            "NORMALIZE": NORMALIZE,
+            "T_ON_DEVICE": T_ON_DEVICE,
+            **contrast.combine_tile(D),
+        }
+        if T_ON_DEVICE:
+            given["inv_temperature"] = pointer(FLOAT)
+        name = _name("combine", f"D={D}", "NCE" if NCE else "InfoNCE")
+        yield _variant("bank_contrast", name, arch, contrast.combine_kernel, given)
+    given = {
+        **dict.fromkeys(("unit_ptr", "query_ptr"), pointer(HALF)),
+        **dict.fromkeys(("numbers_ptr", "bank_numbers_ptr"), pointer(torch.int32)),
+        **dict.fromkeys(("labels_ptr", "bank_labels_ptr"), pointer(torch.int64)),
+        **dict.fromkeys(("B", "K", "num_rows", "label_blocks"), COUNT),
+        "D": WIDTH,
+        "HAS_LABELS": True,
+        **contrast.prepare_tile(D),
+    }
+    name = _name("prepare", f"D={D}")
+    yield _variant("bank_contrast", name, arch, contrast.prepare_kernel, given)
+    given = {
+        "bank_ptr": pointer(HALF),
+        "filled_ptr": pointer(torch.uint8),
+        **dict.fromkeys(("row_ptr", "order_ptr"), pointer(torch.int64)),
+        "keys_ptr": pointer(FLOAT),
+        "momentum": NUMBER,
+        **dict.fromkeys(("N", "K"), COUNT),
+        "D": WIDTH,
+        "HAS_FILLED": True,
+        **tiles.bank_update(D),
+    }
+    yield _variant("bank_update", f"D={D}", arch, bank_update.bank_update_kernel, given)
+
+
+def pools(arch: int) -> Iterator[Variant]:
+    for dtype in (HALF, torch.float16, FLOAT, torch.float64):
+        for mode in masked_pool.MODES:
+            for mask in (torch.int64, torch.uint8, None):
+                yield from pool(arch, dtype, mode, mask)
+
+
+def pool(
+    arch: int, dtype: torch.dtype, mode: str, mask: torch.dtype | None, L: int = 6
+) -> Iterator[Variant]:
+    """Forward and backward."""
+    tile = tiles.choose(tiles.MASKED_POOL, arch)[dtype]._asdict()
+    given = {
+        **dict.fromkeys(("pooled_ptr", "grad_ptr"), pointer(dtype)),
+        **dict.fromkeys(("layers", "dhidden"), (pointer(dtype),) * L),
+        "argmax_ptr": pointer(torch.int64),
+        "mask_ptr": None if mask is None else pointer(mask),
+        "T": COUNT,
+        **dict.fromkeys(("H", "stride_b", "stride_t"), WIDTH),
+        "stride_mb": COUNT,
+        "stride_mt": 1,
+        "MODE": mode,
+        "HAS_MASK": mask is not None,
+        "ALIGNED": True,
+        "L": L,
+        **tile,
+    }
+    name = _name(mode, dtype, "no mask" if mask is None else mask)
+    module = masked_pool
+    yield _variant("masked_pool", name, arch, module.masked_pool_kernel, given)
+    yield _variant("masked_pool_backward", name, arch, module.masked_pool_backward_kernel, given)

@@ -1,0 +1,74 @@
+"""masked_pool and bank_update on a GPU, by backend."""
+
+import pytest
+import torch
+
+import codir_fast
+from codir_fast import reference
+from codir_fast.ops.bank_update import bank_update
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EPSILON = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1, 1), (2, 3, 17, 40), (13, 8, 65, 384), (25, 2, 130, 130)]
+)
+@pytest.mark.parametrize("mode", ["mean", "max", "first", "last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_masked_pool(device, backend, dtype, mode, size):
+    L, B, T, H = size
+    states = [torch.randn(B, T, H, device=device).to(dtype) for _ in range(L)]
+    mask = torch.rand(B, T, device=device) < 0.6
+    mask[0] = False
+    upstream = torch.randn(B, L * H, device=device)
+
+    def run(pool, dtype):
+        leaves = [state.to(dtype).requires_grad_() for state in states]
+        pooled = pool(leaves)
+        return [pooled, *torch.autograd.grad(pooled, leaves, upstream.to(pooled.dtype))]
+
+    got = run(lambda x: codir_fast.pool_hidden_states(x, mask, mode=mode, backend=backend), dtype)
+    exact = run(lambda x: reference.masked_pool(x, mask, mode), torch.float64)
+    for ours, right in zip(got, exact, strict=True):
+        largest = float(right.abs().max()) or 1.0
+        assert float((ours.double() - right).abs().max()) <= EPSILON[dtype] * largest
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("with_filled", [False, True])
+@pytest.mark.parametrize("D", [1, 100, 128, 4096])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_bank_update(device, dtype, D, with_filled, momentum):
+    K, N = 50, 400
+    bank, keys = torch.randn(K, D).to(dtype), torch.randn(N, D)
+    index = torch.randint(0, K, (N,))
+    filled = torch.rand(K) < 0.5 if with_filled else None
+    on_device = [None if x is None else x.to(device) for x in (bank, index, keys, filled)]
+    bank_update(bank, index, keys, momentum, filled, backend="cpu")
+    bank_update(*on_device[:3], momentum, on_device[3], backend="triton")
+    torch.testing.assert_close(on_device[0].cpu(), bank, rtol=0, atol=EPSILON[dtype])
+    assert filled is None or torch.equal(on_device[3].cpu(), filled)
+
+
+def test_queue_and_loss_by_default(device):
+    """What a user writes: no backend is named, the queue fills up and turns round."""
+    queue = codir_fast.MemoryQueue(1000, 64, with_labels=True).to(device)
+    mirror = codir_fast.MemoryQueue(1000, 64, with_labels=True)
+    loss_fn = codir_fast.ContrastiveLoss()
+    for _ in range(5):
+        query, key = (torch.randn(300, 64) for _ in range(2))
+        labels = torch.randint(0, 4, (300,))
+        on_device = [x.to(device).requires_grad_(x.is_floating_point()) for x in (query, key)]
+        loss = loss_fn(*on_device, queue, labels=labels.to(device))
+        loss.backward()
+        query.requires_grad_()
+        expected = loss_fn(query, key, mirror, labels=labels)
+        expected.backward()
+        torch.testing.assert_close(loss.cpu(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(on_device[0].grad.cpu(), query.grad, rtol=1e-3, atol=1e-5)
+        queue.enqueue(key.to(device), labels.to(device))
+        mirror.enqueue(key, labels)
+    torch.testing.assert_close(queue.keys.cpu(), mirror.keys)
+    assert queue.is_full and torch.equal(queue.labels.cpu(), mirror.labels)

@@ -1,0 +1,145 @@
+"""The Triton kernels without a GPU: run by the interpreter, and compiled for three of them. All
+that the tables hold is compiled by `make static-gpu`; here, what users meet most.
+"""
+
+import importlib.util
+import json
+import platform
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import triton_interpreter
+
+pytestmark = [
+    pytest.mark.skipif(
+        sys.platform != "linux" or platform.machine() != "x86_64",
+        reason="Triton's compiler and interpreter come for x86-64 Linux",
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="the triton package is not installed"
+    ),
+]
+ARCHITECTURES = (80, 90, 100)
+HALF, FLOAT = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "operator", ["bank_contrast", "indexed_contrast", "bank_update", "masked_pool"]
+)
+def test_interpreted(operator):
+    triton_interpreter.run_tests(f"test_interpreted_{operator}.py")
+
+
+def build(variant):
+    from codir_fast.kernels import ahead_of_time, static_gate
+
+    arguments = (variant.kernel, variant.arch, variant.arguments)
+    built = ahead_of_time.build(*arguments, **variant.options)
+    assert static_gate.faults(variant, built) == [], str(variant)
+    return built
+
+
+@pytest.mark.parametrize("D", [64, 128, 256, 512])
+@pytest.mark.parametrize("B", [64, 256])
+def test_the_pass_on_hopper(B, D):
+    """wgmma, fed by the copy engine, waits for a quarter of the products at most, no spill."""
+    from codir_fast.kernels import variants
+
+    (variant,) = variants.passes(90, HALF, B, D, "all rows")
+    counts = build(variant).counts
+    assert counts["HGMMA"] > 0 and counts["UTMALDG"] > 0
+    assert 4 * counts["WARPGROUP.DEPBAR"] <= counts["HGMMA"]
+    assert counts["LDL"] == counts["STL"] == 0
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_the_pass_on_blackwell(D):
+    from codir_fast.kernels import variants
+
+    (variant,) = variants.passes(100, HALF, 256, D, "all rows")
+    assert build(variant).counts["UTCHMMA"] > 0
+
+
+@pytest.mark.parametrize("use", ["bank with labels", "bank not full", "rows of any length", "NCE"])
+@pytest.mark.parametrize("dtype", [HALF, FLOAT], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_pass(arch, dtype, use):
+    from codir_fast.kernels import variants
+
+    for variant in variants.passes(arch, dtype, 64, 128, use):
+        build(variant)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_all_other_kernels(arch):
+    from codir_fast.kernels import variants
+
+    chosen = [
+        *variants.two_products(arch, HALF, "all rows"),
+        variants.backward(arch, HALF, 128, "all rows"),
+        *variants.by_index(arch, 128, "bank with labels" if arch == 90 else "all rows"),
+        *variants.others(arch, 128),
+    ]
+    for variant in chosen:
+        build(variant)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_masked_pool(arch):
+    """In 16-byte accesses, with room for at least four programs of 128 threads on a multiprocessor;
+    more layers are no more registers.
+    """
+    from codir_fast.kernels import variants
+
+    for mode, dtype, L in (("mean", HALF, 25), ("max", torch.float16, 6), ("last", FLOAT, 1)):
+        forward, backward = (build(v) for v in variants.pool(arch, dtype, mode, torch.int64, L))
+        assert max(forward.registers, backward.registers) <= 128
+        assert backward.sass.count("STG.E.128") > 0
+        assert mode == "last" or forward.sass.count("LDG.E.128") > 0
+
+
+def test_faults_are_seen():
+    """The gate finds a kernel that keeps more than registers hold, or waits for each product."""
+    from codir_fast.kernels import ahead_of_time, static_gate, variants
+
+    (variant,) = variants.passes(90, HALF, 256, 256, "all rows")
+    arguments = {**variant.arguments, "BLOCK_K": 128}
+    arguments["bank"] = ahead_of_time.descriptor(HALF, 128, 256)
+    built = ahead_of_time.build(variant.kernel, 90, arguments, num_warps=4, num_stages=2)
+    assert any("spills" in fault for fault in static_gate.faults(variant, built))
+    good = build(variant)
+    serial = {**good.counts, "WARPGROUP.DEPBAR": good.counts["HGMMA"]}
+    faults = static_gate.faults(variant, replace(good, counts=serial))
+    assert [fault.split()[1:3] for fault in faults] == [["waits", "for"]]
+    faults = static_gate.faults(variant, replace(good, counts={**good.counts, "HGMMA": 0}))
+    assert faults == ["no HGMMA"]
+
+
+def test_gate_writes_cubins_and_figures(tmp_path, monkeypatch, capsys):
+    from codir_fast.kernels import static_gate, variants
+
+    few = list(variants.others(90, 64))
+    monkeypatch.setattr(variants, "every", lambda arch: few if arch == 90 else [])
+    monkeypatch.setattr(static_gate, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(sys, "argv", ["static_gate", "--out", str(tmp_path), "--arch", "90"])
+    assert static_gate.main() == 0
+    rows = json.loads((tmp_path / "triton.json").read_text())["kernels"]
+    assert [row["variant"] for row in rows] == [variant.name for variant in few]
+    assert len(list((tmp_path / "triton").glob("*.cubin"))) == len(few)
+    assert "bank_update: D=64" in (tmp_path / "triton.txt").read_text()
+    assert "0 with faults" in capsys.readouterr().out
+
+
+class InThisProcess:
+    """In place of a pool of processes, which would not see what the test has changed."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def map(self, function, jobs, chunksize):
+        return map(function, jobs)
