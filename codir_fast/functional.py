@@ -60,7 +60,9 @@ def contrastive_loss(
     NCE: l_i = -log(P_i+ / (P_i+ + c + eps)) - sum_{j in A_i} log(c / (P_ij + c + eps)), with P(s) =
     e^s / Z, c = M / n for M negatives offered to each query out of n, and eps = 1e-7.
 
-    Nothing of size B x K is made, and loss and gradients come out of one pass over the negatives. A
+    Nothing of size B x K is made, and loss and gradients come out of one pass over the negatives.
+    On a GPU products run in the dtype of `query` (float32 ones as
+    torch.backends.cuda.matmul.allow_tf32 says), sums in float32; on a CPU all runs in float32. A
     query without negatives (an empty A_i, K = 0) has InfoNCE loss 0 and gradient 0; in NCE the
     positive's term stays, and c is 1 where M or n is 0. As in PyTorch, the mean over no query (B =
     0) is NaN.
@@ -88,7 +90,8 @@ def contrastive_loss(
         negative_index: (B, M) integers in [0, K): only these rows of a (K, D) tensor or bank count
             for each query, one that is named twice counts twice. Rows are gathered inside the
             kernel, nothing of size B x M x D is made. The whole bank often costs little more: a
-            dense pass reads it once for all queries.
+            dense pass reads it once for all queries. The range is checked on the CPU; a GPU gives
+            NaN for a query with a row out of range, or stops (backend "torch").
         exclude_index: (B,) integers, the row of the negatives that is this query's own example, -1
             for none. In-batch the own row is left out anyway. The range is checked on the CPU only.
         weight: (B,) factor on each query's loss, before the reduction.

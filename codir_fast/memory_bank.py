@@ -252,8 +252,9 @@ class IndexedBank(_Bank):
         """Mixes each key into its example's row; a row that is named more than once takes its keys
         one after the other, in batch order.
 
-        On a GPU an update with momentum above 0 reads back how often rows repeat, so that no CUDA
-        graph can hold it; a MemoryQueue's `enqueue` never waits for the GPU.
+        Nothing waits for a GPU, but where backend "torch" runs there (see codir_fast.backends()):
+        it reads back how often rows repeat if momentum is above 0, so that no CUDA graph can hold
+        it.
 
         Args:
             index: (N,) integers in [0, num_rows). The range is checked on the CPU; a GPU checks it

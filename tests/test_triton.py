@@ -100,6 +100,79 @@ def test_masked_pool(arch):
         assert mode == "last" or forward.sass.count("LDG.E.128") > 0
 
 
+@pytest.fixture
+def launched():
+    """Kernels as launched on sm_90, on CPU tensors, by name; nothing is computed."""
+    import triton_driver
+    from codir_fast.kernels import bank_contrast, bank_update, contrast, indexed_contrast
+    from codir_fast.kernels import masked_pool as pool
+    from triton.runtime import JITFunction
+
+    modules = (bank_contrast, bank_update, contrast, indexed_contrast, pool)
+    functions = [f for module in modules for f in vars(module).values()]
+    with triton_driver.sm_90([f for f in functions if isinstance(f, JITFunction)]) as names:
+        yield names
+
+
+def inputs(B, K, D, dtype, masks, nce):
+    query, bank = torch.randn(B, D).to(dtype), torch.randn(K, D).to(dtype)
+    options = {"inv_temperature": torch.tensor(14.0), "normalize": True}
+    if masks:
+        options["labels"], options["bank_labels"] = (torch.randint(0, 3, (n,)) for n in (B, K))
+        options |= {"exclude_index": torch.randint(0, K, (B,)), "valid": torch.rand(K) < 0.5}
+    if nce:
+        options |= {"log_partition": torch.tensor(1.0), "num_data": 10}
+    return query, bank, options
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(
+    ("B", "K", "D", "dtype"),
+    [
+        (32, 4096, 128, HALF),
+        (3, 70, 31, torch.float16),
+        (1, 1, 1, FLOAT),
+        (200, 300, 768, HALF),
+        (5, 40, 300, FLOAT),
+    ],
+)
+def test_launches(launched, B, K, D, dtype, masks):
+    """One pass is three launches, the mean makes it four; gradients are made by then."""
+    from codir_fast.kernels import bank_contrast, indexed_contrast
+
+    query, bank, options = inputs(B, K, D, dtype, masks, nce=masks)
+    outputs = bank_contrast.bank_contrast(query, query, bank, **options)
+    products = ["bank_contrast_weights_kernel", "bank_contrast_rows_kernel"]
+    passes = ["bank_contrast_kernel"] if D <= 256 else products
+    assert launched == ["prepare_kernel", *passes, "combine_kernel"]
+    launched.clear()
+    grad, lse = torch.ones(B), outputs[1]
+    bank_contrast.bank_contrast_backward(grad, query, bank, lse=lse, **options)
+    assert launched == ["prepare_kernel", "bank_contrast_backward_kernel"]
+    launched.clear()
+    index = torch.randint(0, K, (B, 9))
+    indexed_contrast.indexed_contrast(query, query, bank, index=index, **options)
+    assert launched == ["prepare_kernel", "indexed_contrast_kernel", "combine_kernel"]
+    launched.clear()
+    indexed_contrast.indexed_contrast_backward(grad, query, bank, lse=lse, index=index, **options)
+    assert launched == ["prepare_kernel", "indexed_contrast_backward_kernel"]
+
+
+def test_launches_of_pooling_and_update(launched):
+    from codir_fast.kernels import bank_update, masked_pool
+
+    bank_update.bank_update(
+        torch.randn(9, 16), torch.zeros(5).long(), torch.randn(5, 16), 0.5, torch.ones(9).bool()
+    )
+    assert launched == ["bank_update_kernel"]
+    launched.clear()
+    states, mask = [torch.randn(2, 5, 24) for _ in range(7)], torch.ones(2, 5, dtype=torch.bool)
+    for mode in masked_pool.MODES:
+        pooled, argmax = masked_pool.masked_pool(states, mask, mode)
+        masked_pool.masked_pool_backward(pooled, mask, argmax, 7, 5, mode)
+    assert launched == ["masked_pool_kernel", "masked_pool_backward_kernel"] * 4
+
+
 def test_faults_are_seen():
     """The gate finds a kernel that keeps more than registers hold, or waits for each product."""
     from codir_fast.kernels import ahead_of_time, static_gate, variants
