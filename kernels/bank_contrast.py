@@ -676,13 +676,19 @@ def bank_contrast(
     with torch.cuda.device_of(query):
         arch = tiles.architecture(query.device)
         narrow = tiles.bank_contrast(arch, query.dtype, problem.B, problem.D, problem.flags)
-        sums = _one_pass(problem, narrow) if narrow else _two_products(problem)
+        if narrow:
+            flags = tuple(problem.flags.items())
+            key = ("bank_contrast", problem.B, problem.K, problem.D, query.dtype, bank.dtype, flags)
+            sums = tiles.run_best(key, narrow, lambda t: _one_pass(problem, t), query.device)
+        else:
+            sums = _two_products(problem)
         problem.combine(outputs, sums, positive)
     return outputs
 
 
-def _one_pass(problem: Problem, tile: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+def _one_pass(problem: Problem, tile: tiles.Tile) -> tuple[Tensor, Tensor, Tensor]:
     B, K, D = problem.B, problem.K, problem.D
+    tile = dict(tile)
     rows_per_program = tiles.split(B, K, D, problem.dtype, tile, problem.device)
     sums = problem.partial_sums(max(1, triton.cdiv(K, rows_per_program)))
     bank, TMA = _described(problem.bank, (tile["BLOCK_K"], tile["BLOCK_D"]), tile.pop("TMA"))

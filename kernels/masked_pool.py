@@ -253,9 +253,11 @@ def masked_pool(
     if pooled.numel() == 0:
         return pooled, argmax
     layers = _with_same_strides(hidden_states)
-    tile = tiles.choose(tiles.MASKED_POOL, tiles.architecture(first.device))[first.dtype]
-    with torch.cuda.device_of(first):
-        masked_pool_kernel[(B * triton.cdiv(H, tile.BLOCK_H), L)](
+    arch = tiles.architecture(first.device)
+    tile = tiles.choose(tiles.MASKED_POOL, arch)[first.dtype]._asdict()
+
+    def run(tile: tiles.Tile) -> None:
+        masked_pool_kernel[(B * triton.cdiv(H, tile["BLOCK_H"]), L)](
             pooled,
             argmax,
             tuple(layers),
@@ -268,8 +270,12 @@ def masked_pool(
             HAS_MASK=mask is not None,
             ALIGNED=all(layer.data_ptr() % 16 == 0 for layer in layers),
             L=L,
-            **tile._asdict(),
+            **tile,
         )
+
+    with torch.cuda.device_of(first):
+        key = ("masked_pool", L, B, T, H, first.dtype, mode, mask is not None)
+        tiles.run_best(key, tile, run, first.device)
     return pooled, argmax
 
 

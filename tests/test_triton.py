@@ -173,6 +173,36 @@ def test_launches_of_pooling_and_update(launched):
     assert launched == ["masked_pool_kernel", "masked_pool_backward_kernel"] * 4
 
 
+def test_search_for_tiles(monkeypatch):
+    """Only when it is asked for, once a shape; what does not fit the hardware is passed over."""
+    from codir_fast.kernels import tiles
+    from triton.runtime.errors import OutOfResources
+
+    table = {"BLOCK_B": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+    gpu, timed = torch.device("cuda"), []
+
+    def run(tile):
+        if tile["BLOCK_K"] == 128:
+            raise OutOfResources(2, 1, "shared memory")
+        return tile
+
+    def do_bench(function, return_mode):
+        timed.append(function())
+        return abs(timed[-1]["BLOCK_K"] - 32) + timed[-1]["num_stages"]
+
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    monkeypatch.setattr(tiles, "_FOUND", {})
+    assert tiles.run_best(("shape",), table, run, gpu) == table and not timed
+    monkeypatch.setenv("CODIR_FAST_AUTOTUNE", "1")
+    best = tiles.run_best(("shape",), table, run, gpu)
+    assert timed[0] == table
+    assert (best["BLOCK_K"], best["num_stages"]) == (32, 2)
+    count = len(timed)
+    assert count == len({tuple(tile.items()) for tile in timed}) == 36
+    assert tiles.run_best(("shape",), table, run, gpu) == best and len(timed) == count
+    assert tiles.run_best(("shape",), table, run, torch.device("cpu")) == table
+
+
 def test_faults_are_seen():
     """The gate finds a kernel that keeps more than registers hold, or waits for each product."""
     from codir_fast.kernels import ahead_of_time, static_gate, variants
