@@ -27,7 +27,7 @@ SEQUENCES = {("cpu", 1): 250, ("cpu", 2): 4, ("torch", 1): 24}
 def sequences(request, monkeypatch):
     """How many sequences to run, with the backend set."""
     name, num_threads = request.param
-    monkeypatch.setitem(backend.AUTO, ("cpu", "bank_update"), name)
+    monkeypatch.setitem(backend.AUTO, ("cpu", "bank_update"), (name,))
     kept = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     yield SEQUENCES[request.param]
