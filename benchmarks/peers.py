@@ -177,9 +177,11 @@ def _ours(normalize: bool) -> Callable[[Inputs], Run]:
     return prepare
 
 
-def _ours_queue(inputs: Inputs) -> Run:
-    queue = MemoryQueue(*inputs.bank.shape, dtype=inputs.bank.dtype).to(inputs.bank.device)
-    queue.enqueue(inputs.bank)
+def _ours_queue(inputs: Inputs, dtype: torch.dtype | None = None) -> Run:
+    queue = MemoryQueue(*inputs.bank.shape, dtype=dtype or inputs.bank.dtype)
+    queue = queue.to(inputs.bank.device)
+    for keys in inputs.bank.split(1 << 18):
+        queue.enqueue(keys)
     loss_fn = ContrastiveLoss(T)
     return _with_gradient(inputs, lambda: loss_fn(inputs.query, inputs.positive, queue))
 
@@ -420,6 +422,14 @@ PEERS = (
         _BANK,
         _ours_graph,
         "ContrastiveLoss(), MemoryQueue, replayed as a CUDA graph",
+        normalizes=True,
+        gpu_only=True,
+    ),
+    Peer(
+        "codir_fast-float8",
+        _BANK,
+        lambda inputs: _ours_queue(inputs, torch.float8_e4m3fn),
+        "ContrastiveLoss(), MemoryQueue of float8 rows",
         normalizes=True,
         gpu_only=True,
     ),

@@ -26,12 +26,13 @@ _OPS_OF: dict[str, tuple[str, ...]] = {
 }
 
 # What "auto" takes: (device type, operator) -> backends in order, of which the first that can run
-# there is taken: Triton has no float64 but in masked_pool, and embeddings of up to 4096 columns.
-# What isn't here runs "torch". The rows of the CPU are compared with float64 there, in every test
-# run. Those of CUDA, sm_80 and newer, stand on Triton's interpreter and on what the compiler makes
-# of the kernels (make static-gpu): no row of it has been seen on a GPU yet.
+# there is taken: Triton has no float64 but in masked_pool, and embeddings of up to 4096 columns,
+# the C++ kernels no float8 banks. What isn't here runs "torch". The rows of the CPU are compared
+# with float64 there, in every test run. Those of CUDA, sm_80 and newer, stand on Triton's
+# interpreter and on what the compiler makes of the kernels (make static-gpu): no row of it has been
+# seen on a GPU yet.
 AUTO = {
-    **{("cpu", op): ("cpu",) for op in OPS},
+    **{("cpu", op): ("cpu", "torch") for op in OPS},
     **{("cuda", op): ("triton", "torch") for op in OPS},
 }
 _TRITON_MAX_DIM = 4096
@@ -60,9 +61,11 @@ def backends() -> dict[str, BackendStatus]:
     return status
 
 
-def resolve(op: str, backend: str, inputs: torch.Tensor) -> str:
+def resolve(
+    op: str, backend: str, inputs: torch.Tensor, bank_dtype: torch.dtype | None = None
+) -> str:
     """The backend that runs `op` on tensors like `inputs` (its device, dtype, and last size as the
-    width of an embedding): `backend` itself, or what AUTO says.
+    width of an embedding) and a bank of `bank_dtype`: `backend` itself, or what AUTO says.
 
     Raises:
         ValueError: `backend` is no backend's name.
@@ -73,10 +76,10 @@ def resolve(op: str, backend: str, inputs: torch.Tensor) -> str:
         choices = AUTO.get((inputs.device.type, op), ("torch",))
         if len(choices) == 1:
             return choices[0]
-        return next(name for name in choices if not _why_not(op, name, inputs))
-    reason = _why_not(op, backend, inputs)
+        return next(name for name in choices if not _why_not(op, name, inputs, bank_dtype))
+    reason = _why_not(op, backend, inputs, bank_dtype)
     if reason:
-        able = [name for name in NAMES if not _why_not(op, name, inputs)]
+        able = [name for name in NAMES if not _why_not(op, name, inputs, bank_dtype)]
         where = f"{op} on {inputs.device}"
         raise RuntimeError(
             f"backend {backend!r} can't run {where}: {reason}; backends that can: {able}"
@@ -84,18 +87,22 @@ def resolve(op: str, backend: str, inputs: torch.Tensor) -> str:
     return backend
 
 
-def _why_not(op: str, backend: str, inputs: torch.Tensor) -> str:
+def _why_not(op: str, backend: str, inputs: torch.Tensor, bank_dtype: torch.dtype | None) -> str:
     """Empty when the backend can run the operator on such inputs."""
     device_type = inputs.device.type
     if op not in _OPS_OF[backend]:
         return _availability(backend)[1] if backend == "cuda" else f"it has no {op}"
-    if backend == "cpu" and device_type != "cpu":
-        return "it needs tensors on the CPU"
+    if backend == "cpu":
+        if bank_dtype == torch.float8_e4m3fn:
+            return "it has no float8 banks"
+        return "" if device_type == "cpu" else "it needs tensors on the CPU"
     if backend == "triton" and op != "masked_pool":
         if inputs.dtype == torch.float64:
             return "it has no float64"
         if inputs.shape[-1] > _TRITON_MAX_DIM:
             return f"D is {inputs.shape[-1]}, it takes up to {_TRITON_MAX_DIM}"
+        if bank_dtype == torch.float8_e4m3fn and _compute_capability(device_type) < (8, 9):
+            return "a float8 bank needs sm_89 or newer"
     if torch.compiler.is_compiling():  # the rest can't be traced: the operator itself will say it
         return ""
     available, reason = _availability(backend)
@@ -114,6 +121,13 @@ def _availability(backend: str) -> tuple[bool, str]:
     if backend == "cuda":
         return False, f"codir_fast {__version__} has no hand-written CUDA kernel"
     return _triton_availability()
+
+
+def _compute_capability(device_type: str) -> tuple[int, int]:
+    """Of the GPU; nothing is too old for Triton's interpreter, or known while compiling."""
+    if device_type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return (99, 0)
+    return torch.cuda.get_device_capability()
 
 
 def _triton_interprets() -> bool:

@@ -18,6 +18,7 @@ from codir_fast.checks import (
     check_number,
     check_tensor,
 )
+from codir_fast.memory_bank import FLOAT8
 from codir_fast.negatives import (
     ChosenNegatives,
     Negatives,
@@ -31,6 +32,7 @@ from codir_fast.ops.unit_rows import unit_rows
 
 OBJECTIVES = ("infonce", "nce")
 REDUCTIONS = ("none", "mean", "sum")
+_MIN_FLOAT8_TEMPERATURE = 0.0699  # 0.07, in whatever precision it comes
 
 
 def contrastive_loss(
@@ -127,6 +129,7 @@ def contrastive_loss(
     inv_temperature = _inverse(temperature, query)
     given = (labels, negative_labels, negative_index, exclude_index)
     negatives = choose_negatives(query, p, negative_keys, normalize, *given)
+    _check_float8(negatives, temperature)
     log_z, counts = None, (1, 1)
     if objective == "nce":
         counts = (negatives.num_offered, num_data or negatives.num_rows)
@@ -312,6 +315,20 @@ def _inverse(temperature: float | Tensor, query: Tensor) -> Tensor:
     if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
         check_temperature(temperature.item())
     return temperature.to(compute_dtype(query.dtype)).reciprocal()
+
+
+def _check_float8(negatives: ChosenNegatives, temperature: float | Tensor) -> None:
+    """Colder, the rounding of the rows would show: where looking does not wait for a device."""
+    if negatives.rows.dtype != FLOAT8 or torch.compiler.is_compiling():
+        return
+    if isinstance(temperature, Tensor):
+        if temperature.device.type != "cpu":
+            return
+        temperature = temperature.item()
+    if temperature < _MIN_FLOAT8_TEMPERATURE:
+        raise ValueError(
+            f"`temperature` must be at least 0.07 with a float8 bank, got {temperature}"
+        )
 
 
 def _as_scalar(log_partition: float | Tensor, query: Tensor) -> Tensor:

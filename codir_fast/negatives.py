@@ -91,7 +91,10 @@ def _choose_rows(
     if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
         _check_bank(query, negative_keys)
         valid = None if negative_keys.is_full else negative_keys.valid
-        return ChosenNegatives(negative_keys.rows, source=negative_keys, valid=valid)
+        rows, scale = negative_keys.rows, negative_keys.row_scale
+        if scale is not None:
+            scale = scale.to(compute_dtype(query.dtype))
+        return ChosenNegatives(rows, source=negative_keys, scale=scale, valid=valid)
     _check_explicit(query, negative_keys)
     rows, scale = _explicit(negative_keys.flatten(0, -2), compute_dtype(query.dtype), normalize)
     chosen = ChosenNegatives(rows, source=negative_keys, scale=scale)

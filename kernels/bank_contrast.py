@@ -46,6 +46,15 @@ def _load_scale(scale_ptr, valid_ptr, j, K, HAS_SCALE: tl.constexpr, HAS_VALID: 
 
 
 @triton.jit
+def _widened(rows):
+    """float8 becomes float32; other rows stay what they are."""
+    if rows.dtype == tl.float8e4nv:
+        return rows.to(tl.float32)
+    else:
+        return rows
+
+
+@triton.jit
 def _load_bank(
     bank,
     j0,
@@ -60,13 +69,13 @@ def _load_bank(
 ):
     """Rows j0.. and columns d0.. of the bank, 0 where a row is not usable: it may hold NaN."""
     if TMA:
-        rows = bank.load([tl.cast(j0, tl.int32), d0])
+        rows = _widened(bank.load([tl.cast(j0, tl.int32), d0]))
         if HAS_VALID:
             rows = tl.where(usable[:, None], rows, 0.0)
     else:
         d = d0 + tl.arange(0, BLOCK_D)
         at = bank + j0 * D + (tl.arange(0, BLOCK_K)[:, None] * D + d[None, :])
-        rows = tl.load(at, mask=usable[:, None] & (d < D)[None, :], other=0.0)
+        rows = _widened(tl.load(at, mask=usable[:, None] & (d < D)[None, :], other=0.0))
     return rows.to(OPERAND)
 
 
@@ -651,7 +660,10 @@ def bank_contrast(
 
     Args:
         query, positive: (B, D), float32, bfloat16 or float16, D up to 4096.
-        bank: (K, D), float32, bfloat16 or float16.
+        bank: (K, D), float32, bfloat16 or float16; or float8_e4m3fn, which needs sm_89 or newer,
+            with the factors of its rows as bank_scale. It takes half the memory and time of reading
+            of bfloat16; gradients are right to about 1 % of their largest element at t = 0.07 (D =
+            128, random unit rows), and worse at lower temperatures.
         inv_temperature: 0-d, 1/t, on the CPU or the query's device.
         bank_scale: (K,) float32, a factor of each bank row.
         labels, bank_labels: (B,) and (K,) int64: rows of the query's own label are no negatives.
@@ -675,7 +687,8 @@ def bank_contrast(
         return outputs
     with torch.cuda.device_of(query):
         arch = tiles.architecture(query.device)
-        narrow = tiles.bank_contrast(arch, query.dtype, problem.B, problem.D, problem.flags)
+        sizes = (problem.B, problem.D)
+        narrow = tiles.bank_contrast(arch, query.dtype, *sizes, problem.flags, bank.dtype)
         if narrow:
             flags = tuple(problem.flags.items())
             key = ("bank_contrast", problem.B, problem.K, problem.D, query.dtype, bank.dtype, flags)
@@ -808,6 +821,7 @@ def bank_contrast_backward(
     objective = (log_partition, num_noise, num_data)
     problem = Problem(query, bank, inv_temperature, bank_scale, *masks, *objective, normalize)
     B, K, D = problem.B, problem.K, problem.D
+    check("bank", bank, (K, D), QUERY_DTYPES, query.device)
     check("grad_loss", grad_loss, (B,), (torch.float32,), query.device)
     check("lse", lse, (B,), (torch.float64,), query.device)
     dbank = torch.empty(K, D, dtype=bank.dtype, device=bank.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 MAX_DIM = 4096
 QUERY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BANK_DTYPES = (*QUERY_DTYPES, torch.float8_e4m3fn)
 SCALAR_DTYPES = (torch.float32, torch.float64)
 
 NCE_EPS = 1e-7  # as in codir_fast.reference
@@ -246,7 +247,7 @@ class Problem:
         (self.B, self.D), self.K, device = query.shape, bank.shape[0], query.device
         B, D, K = self.B, self.D, self.K
         check("query", query, (B, D), QUERY_DTYPES, device)
-        check("bank", bank, (K, D), QUERY_DTYPES, device)
+        check("bank", bank, (K, D), BANK_DTYPES, device)
         for name, tensor, size, dtype in (
             ("bank_scale", bank_scale, K, torch.float32),
             ("labels", labels, B, torch.int64),

@@ -303,6 +303,7 @@ def indexed_contrast_backward(
     objective = (log_partition, num_noise, num_data)
     problem = Problem(query, bank, inv_temperature, bank_scale, *masks, *objective, normalize)
     B, K, D = problem.B, problem.K, problem.D
+    check("bank", bank, (K, D), QUERY_DTYPES, query.device)
     check("grad_loss", grad_loss, (B,), (torch.float32,), query.device)
     check("lse", lse, (B,), (torch.float64,), query.device)
     M = _check_index(index, problem)

@@ -229,17 +229,25 @@ INDEXED_CONTRAST: dict[int, IndexedTile] = {80: IndexedTile(8192, 8)}
 
 
 def bank_contrast(
-    arch: int, dtype: torch.dtype, B: int, D: int, flags: dict[str, Any]
+    arch: int,
+    dtype: torch.dtype,
+    B: int,
+    D: int,
+    flags: dict[str, Any],
+    bank_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """The tile of the one-pass kernel, with BLOCK_D; empty where D is too wide for it."""
     BLOCK_D = max(64, triton.next_power_of_2(D))
     by_width = choose(BANK_CONTRAST, arch)[_key(dtype)]
-    wide_enough = [width for width in by_width if width >= BLOCK_D]
+    float8 = bank_dtype == torch.float8_e4m3fn  # brought to the queries' dtype in registers
+    widest = 256 if float8 else max(by_width)
+    wide_enough = [width for width in by_width if BLOCK_D <= width <= widest]
     if not wide_enough:
         return {}
     by_queries = by_width[min(wide_enough)]
     plain, masked = by_queries[min(limit for limit in by_queries if limit >= B)]
     load = sum(flags[name] for name in ("HAS_LABELS", "HAS_SCALE", "NCE")) + 2 * flags["HAS_VALID"]
+    load += float8
     tile = masked if load else plain
     if load > 1:
         tile = tile._replace(BLOCK_K=max(16, tile.BLOCK_K // 2))

@@ -39,6 +39,8 @@ USES: dict[str, dict[str, bool]] = {
         ("NCE", "HAS_LABELS", "HAS_EXCLUDE", "HAS_VALID", "HAS_TAIL"), True
     ),
 }
+# A float8 bank has a scale for each of its rows.
+FLOAT8_USES = ("rows of any length", "rows of any length, labels")
 FLAGS = ("HAS_SCALE", "HAS_LABELS", "HAS_EXCLUDE", "HAS_VALID", "HAS_TAIL", "NCE", "T_ON_DEVICE")
 
 
@@ -75,6 +77,13 @@ def _every(arch: int) -> Iterator[Variant]:
                     # float16 takes the same tiles as bfloat16, without the fixed shift.
                     if dtype != torch.float16 or use in ("all rows", "bank with labels"):
                         yield from passes(arch, dtype, B, D, use)
+    if arch >= 90:  # sm_80 has no float8
+        for use in FLOAT8_USES:
+            yield from two_products(arch, HALF, use, torch.float8_e4m3fn)
+        for D in (64, 128, 256, 512):
+            for B in (16, 32, 64, 128):
+                for use in FLOAT8_USES:
+                    yield from passes(arch, HALF, B, D, use, torch.float8_e4m3fn)
     for dtype in (HALF, FLOAT):
         for use in USES:
             yield from two_products(arch, dtype, use)
@@ -123,13 +132,28 @@ def _name(*parts: Any) -> str:
     return ", ".join(str(part).removeprefix("torch.") for part in parts)
 
 
-def passes(arch: int, dtype: torch.dtype, B: int, D: int, use: str) -> Iterator[Variant]:
-    """The one-pass kernel, where the table has a tile for this width."""
+def _dtypes(dtype: torch.dtype, bank_dtype: torch.dtype | None) -> tuple[Any, ...]:
+    return (dtype,) if bank_dtype is None else (dtype, f"{_name(bank_dtype)} bank")
+
+
+def passes(
+    arch: int,
+    dtype: torch.dtype,
+    B: int,
+    D: int,
+    use: str,
+    bank_dtype: torch.dtype | None = None,
+) -> Iterator[Variant]:
+    """The one-pass kernel, where the table has a tile for this width. The bank has the dtype of the
+    queries, unless it is given.
+    """
     flags = _flags(use)
-    tile = tiles.bank_contrast(arch, dtype, B, D, flags)
+    tile = tiles.bank_contrast(arch, dtype, B, D, flags, bank_dtype)
     if not tile:
         return
-    bank = descriptor(dtype, tile["BLOCK_K"], tile["BLOCK_D"]) if tile["TMA"] else pointer(dtype)
+    stored = bank_dtype or dtype
+    block = (tile["BLOCK_K"], tile["BLOCK_D"])
+    bank = descriptor(stored, *block) if tile["TMA"] else pointer(stored)
     given = {
         **_sums(),
         **_masks(flags, torch.int32),
@@ -142,13 +166,17 @@ def passes(arch: int, dtype: torch.dtype, B: int, D: int, use: str) -> Iterator[
         **tile,
         "PRECISION": contrast.precision(dtype),
     }
-    name = _name(dtype, f"D={D}", f"B={B}", use)
+    dtypes = _dtypes(dtype, bank_dtype)
+    name = _name(*dtypes, f"D={D}", f"B={B}", use)
     yield _variant("bank_contrast", name, arch, bank_contrast.bank_contrast_kernel, given)
 
 
-def two_products(arch: int, dtype: torch.dtype, use: str) -> Iterator[Variant]:
+def two_products(
+    arch: int, dtype: torch.dtype, use: str, bank_dtype: torch.dtype | None = None
+) -> Iterator[Variant]:
     """The kernels for embeddings that are wider than that."""
-    flags = _flags(use)
+    flags, stored = _flags(use), bank_dtype or dtype
+    dtypes = _dtypes(dtype, bank_dtype)
     first, second = tiles.bank_contrast_wide(arch, dtype, flags)
     block = (first["BLOCK_K"], first["CHUNK_D"])
     queries = (first["BLOCK_B"], first["CHUNK_D"])
@@ -168,17 +196,18 @@ def two_products(arch: int, dtype: torch.dtype, use: str) -> Iterator[Variant]:
     given = {
         **common,
         "query_ptr": descriptor(dtype, *queries) if tma else pointer(dtype),
-        "bank": descriptor(dtype, *block) if tma else pointer(dtype),
+        "bank": descriptor(stored, *block) if tma else pointer(stored),
         **first,
     }
     kernel = bank_contrast.bank_contrast_weights_kernel
-    yield _variant("bank_contrast", _name("weights", dtype, use), arch, kernel, given)
-    if use not in ("all rows", "bank not full", "NCE"):
+    yield _variant("bank_contrast", _name("weights", *dtypes, use), arch, kernel, given)
+    if bank_dtype is None and use not in ("all rows", "bank not full", "NCE"):
         return  # the second product differs by no more
-    bank = descriptor(dtype, first["BLOCK_K"], second["BLOCK_D"]) if tma else pointer(dtype)
+    block = (first["BLOCK_K"], second["BLOCK_D"])
+    bank = descriptor(stored, *block) if tma else pointer(stored)
     for FIRST in (True, False):
         given = {**common, "bank": bank, "TMA": tma, "FIRST": FIRST, "BLOCK_K": first["BLOCK_K"]}
-        name = _name("rows", dtype, use, "first chunk" if FIRST else "later chunk")
+        name = _name("rows", *dtypes, use, "first chunk" if FIRST else "later chunk")
         kernel = bank_contrast.bank_contrast_rows_kernel
         yield _variant("bank_contrast", name, arch, kernel, given | second)
 

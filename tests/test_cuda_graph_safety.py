@@ -85,7 +85,8 @@ def negatives(form, dtype):
         return rows, {"negative_labels": torch.randint(0, 3, (B, M))}
     exclude = {"exclude_index": torch.randint(-1, K, (B,))}
     if "queue" in form:
-        queue = MemoryQueue(K, D, with_labels=True, dtype=torch.bfloat16)
+        rows = torch.float8_e4m3fn if "float8" in form else torch.bfloat16
+        queue = MemoryQueue(K, D, with_labels=True, dtype=rows)
         return queue, exclude | index
     if "bank" in form:
         return IndexedBank(K, D, labels=torch.randint(0, 3, (K,))), exclude | index
@@ -94,7 +95,7 @@ def negatives(form, dtype):
 
 
 FORMS = ("in-batch", "shared", "shared, gradient", "own", "own, gradient", "index")
-FORMS += ("index, gradient", "queue", "bank", "queue by index", "bank by index")
+FORMS += ("index, gradient", "queue", "bank", "queue by index", "bank by index", "float8 queue")
 
 
 @pytest.mark.parametrize("more", [False, True], ids=["", "symmetric, learnt temperature"])
@@ -118,9 +119,10 @@ def test_step(no_sync, form, objective, dtype, more):
     assert expected <= set(no_sync.entered)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("with_labels", [False, True])
-def test_enqueue(no_sync, with_labels):
-    queue = MemoryQueue(K, D, with_labels=with_labels)
+def test_enqueue(no_sync, with_labels, dtype):
+    queue = MemoryQueue(K, D, with_labels=with_labels, dtype=dtype)
     for rows in (B, K + 1):
         labels = [torch.randint(0, 3, (rows,))] if with_labels else []
         queue.enqueue(leaf(rows, D), *labels)

@@ -50,7 +50,7 @@ def bank_contrast(
     Where the bank needs no gradient, the backward pass reads (B, .) tensors only, so that the bank
     may change before it.
     """
-    op = _FORWARD[resolve("bank_contrast", backend, query)]
+    op = _FORWARD[resolve("bank_contrast", backend, query, bank.dtype)]
     masks = (labels, bank_labels, exclude_index, valid)
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)

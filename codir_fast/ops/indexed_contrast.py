@@ -47,7 +47,7 @@ def indexed_contrast(
     A row named twice counts twice; one that the masks leave out does not count. Differentiable in
     query, positive, bank and inv_temperature; `normalize` as in bank_contrast.
     """
-    op = _FORWARD[resolve("indexed_contrast", backend, query)]
+    op = _FORWARD[resolve("indexed_contrast", backend, query, bank.dtype)]
     masks = (labels, bank_labels, exclude_index, valid)
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)

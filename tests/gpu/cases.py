@@ -117,7 +117,7 @@ def _leaves(case: Case, dtype, needs) -> Case:
         if value is None:
             continue
         value = value.detach().clone() if dtype is None else value.detach().to(dtype).clone()
-        setattr(case, name, value.requires_grad_(name in needs))
+        setattr(case, name, value.requires_grad_() if name in needs else value)
     return case
 
 

@@ -67,6 +67,27 @@ def test_bank_dtypes(device, dtype, bank_dtype, D):
     assert_right(make_case(device, 50, 1500, D, dtype=dtype, bank_dtype=bank_dtype), "triton")
 
 
+@pytest.mark.parametrize("D", [24, 128, 256, 512, 768])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float8_bank(device, dtype, D):
+    """As a bank of the same values in the query's dtype, which holds all of float8."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("float8 needs sm_89")
+    needs = ("query", "positive", "inv_temperature")
+    for M in (None, 300):
+        masks = ("scale", "labels", "exclude")
+        case = make_case(device, 50, 1500, D, M=M, dtype=dtype, masks=masks)
+        float8 = (100 * case.bank.float()).to(torch.float8_e4m3fn)
+        case.bank_scale = case.bank_scale / 100
+        upstream = torch.randn(50, device=device)
+        found = []
+        for bank in (float8.to(dtype), float8):
+            case.bank = bank
+            found.append(results(case, upstream, "triton", needs))
+        for right, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, right, rtol=2e-2, atol=1e-3 * float(right.abs().max()))
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 0.01, 0.02, 0.03, 1.0, 100.0])
 @pytest.mark.parametrize("nce", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

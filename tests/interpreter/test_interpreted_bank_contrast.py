@@ -154,6 +154,24 @@ def test_bank_dtypes(dtype, bank_dtype, assert_accurate):
     check(assert_accurate, case)
 
 
+@pytest.mark.parametrize("masks", [("scale",), MASKS], ids=str)
+@pytest.mark.parametrize("D", [16, 31, 600], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float8_bank(dtype, D, masks):
+    """As a bank of the same values in the query's dtype, which holds all of float8."""
+    case = make_case(5, 150, D, dtype=dtype, masks=masks)
+    float8 = (100 * case["bank"].float()).to(torch.float8_e4m3fn)
+    case["bank_scale"] = case["bank_scale"] / 100
+    case["bank"] = float8.to(dtype)
+    expected = bank_contrast(**case)
+    case["bank"] = float8
+    for ours, right in zip(bank_contrast(**case), expected, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-2, atol=1e-4)
+    others = {name: value for name, value in case.items() if name != "positive"}
+    with pytest.raises(ValueError, match="`bank` must be bfloat16 or float16 or float32"):
+        bank_contrast_backward(torch.ones(5), lse=expected[1], **others)
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1.0, 100.0])
 def test_any_temperature(temperature, assert_accurate):
     check(assert_accurate, make_case(3, 70, 9, temperature=temperature))

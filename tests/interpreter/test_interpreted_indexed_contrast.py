@@ -94,6 +94,18 @@ def test_masks(masks, nce, assert_accurate):
     check(assert_accurate, make_case(3, 12, 40, 9, masks=masks, nce=nce))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_float8_bank(dtype):
+    case = make_case(3, 12, 40, 24, dtype=dtype, masks=("scale", "labels"))
+    float8 = (100 * case["bank"].float()).to(torch.float8_e4m3fn)
+    case["bank_scale"] = case["bank_scale"] / 100
+    case["bank"] = float8.to(dtype)
+    expected = indexed_contrast(**case)
+    case["bank"] = float8
+    for ours, right in zip(indexed_contrast(**case), expected, strict=True):
+        assert torch.equal(ours, right)
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1.0, 100.0])
 def test_any_temperature(temperature, assert_accurate):
     check(assert_accurate, make_case(3, 12, 40, 9, temperature=temperature))
