@@ -21,8 +21,8 @@ FLOAT8 = torch.float8_e4m3fn
 
 
 def _bytes(rows: Tensor) -> Tensor:
-    """float8 rows for indexing, which few devices know for their dtype."""
-    return rows.view(torch.int8)
+    """float8 rows for indexing, which few devices know for their dtype; others as they are."""
+    return rows.view(torch.int8) if rows.dtype == FLOAT8 else rows
 
 
 def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,14 +104,17 @@ class _Bank(nn.Module):
         named = self._rows_at(in_order)
         bank_update(named, place, keys, momentum, self.valid[in_order], backend="auto")
         rows, scale = _quantize(named[place])
-        _bytes(self.rows)[index], row_scale[index] = _bytes(rows), scale
+        # Module.half() and its kin make others of these, with the same meaning.
+        _bytes(self.rows)[index] = _bytes(rows.to(self.rows.dtype))
+        row_scale[index] = scale.to(row_scale.dtype)
         self.valid.index_fill_(0, index, True)
 
     def _rows_at(self, index: Tensor) -> Tensor:
         """A copy of these rows; in float32, times their factors, where they are float8."""
         if self.row_scale is None:
             return self.rows[index]
-        return _bytes(self.rows)[index].view(FLOAT8).float() * self.row_scale[index, None]
+        rows = _bytes(self.rows)[index].view(self.rows.dtype)
+        return rows.float() * self.row_scale[index, None].float()
 
     def _find_if_full(self) -> None:
         if self.valid.is_cpu:
@@ -153,7 +156,7 @@ class _Bank(nn.Module):
             rows, scale = _quantize(rows.float())
             return {**state_dict, f"{prefix}rows": rows, f"{prefix}row_scale": scale}
         del state_dict[f"{prefix}row_scale"]
-        return {**state_dict, f"{prefix}rows": rows.float() * scale[:, None]}
+        return {**state_dict, f"{prefix}rows": rows.float() * scale[:, None].float()}
 
     def extra_repr(self) -> str:
         size, dim = self.rows.shape
@@ -301,7 +304,7 @@ class IndexedBank(_Bank):
         """
         if self.row_scale is None:
             return self.rows
-        return self.rows.float() * self.row_scale[:, None]
+        return self.rows.float() * self.row_scale[:, None].float()
 
     @property
     def labels(self) -> Tensor | None:

@@ -94,6 +94,19 @@ def test_states_of_other_precisions_load():
     torch.testing.assert_close(exact.keys, queue.keys)
 
 
+def test_conversion_of_the_module_keeps_the_rows():
+    queue = codir_fast.MemoryQueue(9, D, dtype=FLOAT8)
+    queue.enqueue(torch.randn(6, D))
+    before = queue.keys
+    for dtype in (torch.float64, torch.bfloat16):
+        queue.to(dtype)
+        assert (F.normalize(queue.keys, dim=1) * before[: len(queue)]).sum(1).min() > 0.999
+    keys = torch.randn(9, D)
+    queue.enqueue(keys)
+    assert (F.normalize(queue.keys, dim=1) * F.normalize(keys, dim=1)).sum(1).min() > 0.999
+    assert codir_fast.ContrastiveLoss()(keys, keys, queue).isfinite()
+
+
 def test_where_it_cannot_be_used():
     queue = codir_fast.MemoryQueue(9, 8, dtype=FLOAT8)
     queue.enqueue(torch.randn(9, 8))
