@@ -27,8 +27,9 @@ def as_table(rows: Sequence[Row], ceilings: dict[str, float]) -> str:
             "",
             f"### {shape}: {own[0]['operator']}, {sizes}",
             "",
-            f"| peer | ms | times {OURS} | {unit} | of ceiling | extra memory (MiB) | error |",
-            "|---|---:|---:|---:|---:|---:|---:|",
+            f"| peer | ms | times {OURS} | {unit} | of ceiling | one read of the bank, of copy | "
+            "extra memory (MiB) | error |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         parts += [_line(row) for row in own]
     return "\n".join(parts)
@@ -36,13 +37,15 @@ def as_table(rows: Sequence[Row], ceilings: dict[str, float]) -> str:
 
 def _line(row: Row) -> str:
     if "refused" in row:
-        return f"| {row['peer']} | {row['refused']} | | | | | |"
+        return f"| {row['peer']} | {row['refused']} | | | | | | |"
     memory = "?" if row["extra_memory"] is None else f"{row['extra_memory'] / 2**20:.1f}"
     error = "not the loss" if row["error"] is None else f"{row['error']:.1e}"
     rate = row["gflops"] if "gflops" in row else row["gigabytes_per_second"]
+    # A bank is read at this share of the copy's rate at least, were it read once.
+    read = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else ""
     return (
         f"| {row['peer']} | {row['median'] * 1e3:.3g} | {row['ratio']:.2f} | {rate:.3g} | "
-        f"{row['share_of_ceiling']:.0%} | {memory} | {error} |"
+        f"{row['share_of_ceiling']:.0%} | {read} | {memory} | {error} |"
     )
 
 
@@ -66,15 +69,29 @@ def plot_shapes(rows: Sequence[Row], stamp: str, path: Path) -> None:
         colours = [_BLUE if row["peer"].startswith(OURS) else _GREY for row in own]
         axis.barh(names, ratios, color=colours)
         for name, row in zip(names, own, strict=True):
-            label = f" {row['median'] * 1e3:.3g} ms ({row['ratio']:.2g}x)"
+            label = f" {_number(row['median'] * 1e3)} ms ({_number(row['ratio'])}x), {_rate(row)}"
             axis.text(row["ratio"], name, label, va="center", fontsize=7)
-        axis.set_xlim(0, max(ratios) * 1.45)
+        low, high = min(ratios) / 2, max(ratios)
+        axis.set(xscale="log", xlim=(low, high * (high / low) ** 1.1))  # room for the labels
         sizes = ", ".join(str(size) for size in own[0]["sizes"].values())
         axis.set_title(f"{shape} ({sizes})", fontsize=9)
         axis.tick_params(labelsize=7)
-        axis.set_xlabel(f"time, relative to {OURS}", fontsize=8)
+        axis.set_xlabel(f"time, relative to {OURS} (logarithmic)", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     _save(figure, stamp, path)
+
+
+def _rate(row: Row) -> str:
+    if "gflops" not in row:
+        return f"{_number(row['gigabytes_per_second'])} GB/s"
+    small = row["gflops"] < 1000
+    rate = row["gflops"] if small else row["gflops"] / 1e3
+    return f"{_number(rate)} {'GFLOP/s' if small else 'TFLOP/s'}"
+
+
+def _number(value: float) -> str:
+    """Two digits at least, without an exponent."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def plot_sweep(points: Sequence[Row], letter: str, stamp: str, path: Path) -> None:

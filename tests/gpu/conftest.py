@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# Where algorithms must be deterministic, cuBLAS wants this before it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 ON = os.environ.get("CODIR_FAST_GPU_TESTS_ON", "cuda")
 if ON == "cpu":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

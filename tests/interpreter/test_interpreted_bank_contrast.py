@@ -235,7 +235,10 @@ def test_inputs_that_are_not_contiguous():
         ({"query": torch.ones(3, 8)}, r"`bank` must be .* of shape \(40, 8\)"),
         ({"query": torch.ones(3, 9).double()}, "`query` must be bfloat16 or float16 or float32"),
         ({"positive": torch.ones(2, 9)}, r"`positive` must be bfloat16 or .* of shape \(3, 9\)"),
-        ({"bank": torch.ones(40, 9).double()}, "`bank` must be bfloat16 or float16 or float32 of"),
+        (
+            {"bank": torch.ones(40, 9).double()},
+            "`bank` must be bfloat16 or float16 or float32 or float8_e4m3fn of",
+        ),
         ({"inv_temperature": torch.ones(3)}, r"`inv_temperature` must be .* of shape \(\)"),
         ({"bank_scale": torch.ones(40).double()}, "`bank_scale` must be float32"),
         ({"labels": torch.ones(3).long()}, "`labels` and `bank_labels` must be given together"),
