@@ -294,20 +294,32 @@ def split(
 ) -> int:
     """Bank rows of each program, whole blocks: enough programs to fill the GPU, in whole waves."""
     resident = 2 if tile["num_warps"] <= 4 else 1  # programs that fit on a multiprocessor
-    return _split(B, K, D, dtype, tile["BLOCK_B"], tile["BLOCK_K"], num_programs(device, resident))
+    processors = num_programs(device, 1)
+    return _split(B, K, D, dtype, tile["BLOCK_B"], tile["BLOCK_K"], resident, processors)
 
 
 @functools.lru_cache(maxsize=1024)
 def _split(
-    B: int, K: int, D: int, dtype: torch.dtype, BLOCK_B: int, BLOCK_K: int, slots: int
+    B: int,
+    K: int,
+    D: int,
+    dtype: torch.dtype,
+    BLOCK_B: int,
+    BLOCK_K: int,
+    resident: int,
+    processors: int,
 ) -> int:
+    slots = resident * processors
     overhead = 2  # blocks of rows that a program's start and its partial sums cost, about
     blocks, num_tiles = triton.cdiv(B, BLOCK_B), max(1, triton.cdiv(K, BLOCK_K))
     partial_bytes = 4 * B * (D + 2)
     # float32 sums of very many rows lose digits; they are added up in float64 in the end.
     longest = triton.cdiv(8192, BLOCK_K) if dtype == torch.float32 else num_tiles
     least = min(triton.cdiv(num_tiles, longest), max(1, MAX_PARTIAL_BYTES // partial_bytes))
-    most = max(least, min(num_tiles, 2 * triton.cdiv(slots, blocks)))
+    # More than one program a multiprocessor only where partial sums are little beside the bank.
+    quarter_of_bank = K * D * dtype.itemsize // (4 * partial_bytes)
+    most = max(quarter_of_bank, triton.cdiv(processors, blocks))
+    most = max(least, min(num_tiles, 2 * triton.cdiv(slots, blocks), most))
 
     def cost(splits: int) -> tuple[int, int]:
         waves = triton.cdiv(blocks * splits, slots)
