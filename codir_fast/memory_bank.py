@@ -177,7 +177,7 @@ class MemoryQueue(_Bank):
         dtype: of the rows; default torch's default dtype. Half precision halves the memory,
             torch.float8_e4m3fn takes a quarter: its rows have a float32 factor each, gradients are
             right to about 1 % of their largest element at a temperature of 0.07, which must not be
-            lower. On CUDA it needs sm_89 for its fast kernels; on a CPU backend "torch" runs it.
+            lower. The Triton kernels take it on sm_89 and newer; elsewhere backend "torch" runs.
         with_labels: keep an int64 label per row, to leave out negatives of the query's own class.
 
     Example:

@@ -291,7 +291,7 @@ class Problem:
         has_labels = labels is not None and number_labels
         if not (self.normalize or has_labels):
             return self.query, self.masks
-        unit, numbers, bank_numbers = self.query, None, None
+        unit, numbers, bank_numbers = self.query, labels, bank_labels
         if self.normalize:
             unit = torch.empty_like(self.query)
         if has_labels:

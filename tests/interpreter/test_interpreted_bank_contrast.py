@@ -112,6 +112,17 @@ def test_two_products_over_several_chunks(dtype, nce, D, monkeypatch, assert_acc
     check(assert_accurate, make_case(*size, dtype=dtype, masks=masks, nce=nce))
 
 
+@pytest.mark.parametrize("which", ["query", "bank"])
+@pytest.mark.parametrize("D", [24, 600], ids=str)
+def test_tensors_that_no_copy_engine_takes(which, D, assert_accurate):
+    """They begin where no multiple of 16 bytes is, as a slice may: they are loaded by address."""
+    case = make_case(3, 140, D, dtype=torch.bfloat16)
+    room = torch.empty(case[which].numel() + 1, dtype=torch.bfloat16)
+    case[which] = room[1:].view(case[which].shape).copy_(case[which])
+    assert case[which].data_ptr() % 16 != 0
+    check(assert_accurate, case)
+
+
 @pytest.mark.parametrize("size", [(5, 40, 24), (3, 40, 1030)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normalize(dtype, size, assert_accurate):
