@@ -1,19 +1,12 @@
 // The operators of codir_fast as PyTorch sees them: schemas, and the CPU implementations over the
-// kernels of this folder. LibTorch stable ABI only, so that one binary loads into every torch
-// from 2.11 on. Python (codir_fast/ops) registers fake and autograd implementations and words the
-// errors that users meet; checked here is what memory safety asks for, because operators can also
-// be called directly.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+// kernels of this folder; binding_cuda.cpp has those for CUDA. LibTorch stable ABI only, so that
+// one binary loads into every torch from 2.11 on. Python (codir_fast/ops) registers fake and
+// autograd implementations and words the errors that users meet; checked here is what memory safety
+// asks for, because operators can also be called directly.
+#include "binding.h"
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
-#include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -34,80 +27,10 @@ Executor torch_executor() {
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "`", name, "` must be float32, float64, bfloat16 or float16");
-  }
-}
-
 void check_status(Status status, const char* op) {
   STD_TORCH_CHECK(status != Status::kOutOfMemory, op,
                   ": out of memory for the kernel's scratch space");
   STD_TORCH_CHECK(status == Status::kOk, op, ": combination of dtypes is not supported");
-}
-
-void check_size(const Tensor& tensor, const char* name, std::initializer_list<std::int64_t> size) {
-  bool same = tensor.dim() == static_cast<std::int64_t>(size.size());
-  for (std::size_t n = 0; same && n < size.size(); ++n) {
-    same = tensor.size(static_cast<std::int64_t>(n)) == size.begin()[n];
-  }
-  if (!same) {
-    std::string expected, got;
-    for (const std::int64_t n : size) expected += std::to_string(n) + ", ";
-    for (std::int64_t n = 0; n < tensor.dim(); ++n) got += std::to_string(tensor.size(n)) + ", ";
-    STD_TORCH_CHECK(false, "`", name, "` must have shape (", expected, "), got (", got, ")");
-  }
-  STD_TORCH_CHECK(tensor.is_cpu(), "`", name, "` must be on the CPU");
-}
-
-void check_dtype(const Tensor& tensor, const char* name, ScalarType dtype, const char* dtype_name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "`", name, "` must be ", dtype_name);
-}
-
-// Uninitialised, on the CPU. Not through the dispatcher: small losses make five of them per call.
-Tensor new_tensor(std::int32_t dtype, std::initializer_list<std::int64_t> size) {
-  constexpr std::size_t kMaxDims = 4;
-  std::int64_t strides[kMaxDims], stride = 1;
-  for (std::size_t n = size.size(); n-- > 0;) {
-    strides[n] = stride;
-    stride *= std::max<std::int64_t>(size.begin()[n], 1);
-  }
-  AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(size.size()),
-                                                         size.begin(), strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &tensor));
-  return Tensor(tensor);
-}
-
-Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> size) {
-  std::int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return new_tensor(dtype, size);
-}
-
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-PoolMode pool_mode(const std::string& name) {
-  if (name == "mean") return PoolMode::kMean;
-  if (name == "first") return PoolMode::kFirst;
-  if (name == "last") return PoolMode::kLast;
-  STD_TORCH_CHECK(name == "max", "`mode` must be mean, first, last or max, got ", name);
-  return PoolMode::kMax;
 }
 
 struct RealTokenLists {
@@ -265,19 +188,6 @@ struct BankContrastArguments {
   OptionalTensor bank_scale, labels, bank_labels, exclude_index, valid;
   BankContrastInputs view;
 };
-
-OptionalTensor vector_argument(const OptionalTensor& tensor, const char* name, std::int64_t size,
-                               ScalarType dtype, const char* dtype_name) {
-  if (!tensor) return std::nullopt;
-  check_size(*tensor, name, {size});
-  check_dtype(*tensor, name, dtype, dtype_name);
-  return dense(*tensor);
-}
-
-template <typename Element>
-const Element* data_or_null(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const Element*>(tensor->const_data_ptr()) : nullptr;
-}
 
 double scalar_value(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.numel() == 1 && tensor.is_cpu(), "`", name,

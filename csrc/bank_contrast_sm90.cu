@@ -1,0 +1,131 @@
+// Host side of bank_contrast_sm90, with its two small kernels: before the pass and after it.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "bank_contrast_sm90.h"
+#include "sm90/bank_contrast_launch_pass.h"
+#include "sm90/bank_contrast_launches.h"
+
+namespace codir_fast {
+namespace sm90 {
+namespace {
+
+template <typename Element>
+__global__ void __launch_bounds__(kCombineWarps* kWarp)
+    prepare_kernel(Element* unit, const void* query, int B, int D, bool normalize) {
+  prepare_queries(unit, query, B, D, normalize);
+}
+
+template <typename Element>
+__global__ void __launch_bounds__(kCombineWarps* kWarp)
+    combine_kernel(const __grid_constant__ CombineArguments arguments) {
+  __shared__ double exchange[kCombineWarps * (kMaxDim + 1)];
+  combine_splits<Element>(arguments, exchange);
+}
+
+// The driver's function, through the runtime: this binary is not linked with the driver.
+using Encode = decltype(&cuTensorMapEncodeTiled);
+cudaError_t find_encode(Encode* encode) {
+  cudaDriverEntryPointQueryResult found;
+  return cudaGetDriverEntryPointByVersion(
+      "cuTensorMapEncodeTiled", reinterpret_cast<void**>(encode), 12000, cudaEnableDefault, &found);
+}
+
+const char* encode(const MatrixMap& map, DType dtype, TensorMap* out) {
+  static Encode encode_tiled = nullptr;
+  if (encode_tiled == nullptr) {
+    Encode found = nullptr;
+    const cudaError_t error = find_encode(&found);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (found == nullptr) return "the driver has no cuTensorMapEncodeTiled: it is too old";
+    encode_tiled = found;
+  }
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(map.columns),
+                              static_cast<cuuint64_t>(map.rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(map.row_bytes)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(map.box_columns),
+                            static_cast<cuuint32_t>(map.box_rows)};
+  const cuuint32_t steps[] = {1, 1};
+  const CUresult result =
+      encode_tiled(out,
+                   dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                   2, const_cast<void*>(map.data), sizes, strides, box, steps,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "the driver refused a tensor map";
+}
+
+const char* text_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // told here: it must not surface at somebody's next launch
+  return cudaGetErrorString(error);
+}
+
+struct CudaLauncher {
+  cudaStream_t stream;
+
+  const char* prepare(DType dtype, void* unit, const void* query, int B, int D, bool normalize) {
+    Launch launch(ceil_div(B, kCombineWarps), kCombineWarps * kWarp, 0, false, stream);
+    return text_of(
+        dtype == DType::kBFloat16
+            ? cudaLaunchKernelEx(&launch.config, prepare_kernel<BFloat16Element>,
+                                 static_cast<BFloat16Element*>(unit), query, B, D, normalize)
+            : cudaLaunchKernelEx(&launch.config, prepare_kernel<Float16Element>,
+                                 static_cast<Float16Element*>(unit), query, B, D, normalize));
+  }
+
+  const char* pass(DType dtype, Weighing weighing, const MatrixMap& queries, const MatrixMap& bank,
+                   const PassArguments& arguments, int blocks, bool after_previous) {
+    TensorMap query_map, bank_map;
+    if (const char* error = encode(queries, dtype, &query_map)) return error;
+    if (const char* error = encode(bank, dtype, &bank_map)) return error;
+    const int D = padded_dim(arguments.plan.D);
+    const auto launch = D == 64 ? launch_pass<64> : D == 128 ? launch_pass<128> : launch_pass<256>;
+    return text_of(
+        launch(dtype, weighing, query_map, bank_map, arguments, blocks, after_previous, stream));
+  }
+
+  const char* combine(DType dtype, const CombineArguments& arguments, int blocks) {
+    Launch launch(blocks, kCombineWarps * kWarp, 0, true, stream);
+    return text_of(
+        dtype == DType::kBFloat16
+            ? cudaLaunchKernelEx(&launch.config, combine_kernel<BFloat16Element>, arguments)
+            : cudaLaunchKernelEx(&launch.config, combine_kernel<Float16Element>, arguments));
+  }
+};
+
+const char* count_multiprocessors(int device, int* count) {
+  return text_of(cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device));
+}
+
+}  // namespace
+
+}  // namespace sm90
+
+const char* why_not_bank_contrast_sm90(const BankContrastSm90& in) {
+  if (in.dtype != DType::kBFloat16 && in.dtype != DType::kFloat16)
+    return "it takes bfloat16 and float16";
+  if (in.D < 1 || in.D > sm90::kMaxDim) return "D must be at most 256";
+  if (in.B >= std::int64_t{1} << 31) return "there must be fewer than 2^31 queries";
+  return sm90::why_not_mapped(sm90::matrix_map(in.bank, in.K, in.D, 1));
+}
+
+const char* bank_contrast_sm90_workspace(const BankContrastSm90& inputs, int device,
+                                         std::size_t* bytes) {
+  int multiprocessors = 0;
+  const char* error = sm90::count_multiprocessors(device, &multiprocessors);
+  if (error == nullptr)
+    *bytes = sm90::workspace(inputs, sm90::make_plan(inputs, multiprocessors)).bytes;
+  return error;
+}
+
+const char* bank_contrast_sm90(const BankContrastOutputs& outputs, const BankContrastSm90& inputs,
+                               void* workspace, int device, void* stream) {
+  int multiprocessors = 0;
+  if (const char* error = sm90::count_multiprocessors(device, &multiprocessors)) return error;
+  sm90::CudaLauncher launcher{static_cast<cudaStream_t>(stream)};
+  return sm90::launch_bank_contrast(launcher, outputs, inputs, workspace, multiprocessors);
+}
+
+}  // namespace codir_fast

@@ -1,0 +1,220 @@
+// Before and after the pass of bank_contrast: queries brought to unit length in the type that
+// products run in, and from sums over splits of the bank to loss and gradients, in double and in a
+// fixed order. The formulas are those of kernels/contrast.py.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "sm90/device.h"
+#include "sm90/weighing.h"
+
+namespace codir_fast {
+namespace sm90 {
+
+constexpr double kLn2 = 0.6931471805599453;
+constexpr double kMinNormOfRows = 1e-12;  // as in torch.nn.functional.normalize
+constexpr int kWarp = 32;
+constexpr int kColumnsOfLane = kMaxDim / kWarp;
+constexpr int kCombineWarps = 8;
+
+// Rows of queries or positives: (N, D) of float, or of Half, the 16-bit type of the products.
+template <typename Half>
+struct Rows {
+  const void* data;
+  bool is_float;
+
+  CODIR_FAST_DEVICE double at(std::int64_t n) const {
+    return is_float ? static_cast<double>(static_cast<const float*>(data)[n])
+                    : static_cast<double>(to_float(static_cast<const Half*>(data)[n]));
+  }
+};
+
+CODIR_FAST_DEVICE double sum_of_warp(double value) {
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
+  return value;
+}
+
+// Column c of a lane is lane + 32 c: a warp reads whole lines.
+struct WarpRow {
+  double value[kColumnsOfLane];
+
+  template <typename Half>
+  CODIR_FAST_DEVICE void load(const Rows<Half>& rows, std::int64_t row, int D) {
+#pragma unroll
+    for (int c = 0; c < kColumnsOfLane; ++c) {
+      const int d = thread_index() % kWarp + kWarp * c;
+      value[c] = d < D ? rows.at(row * D + d) : 0.0;
+    }
+  }
+  CODIR_FAST_DEVICE double dot(const WarpRow& other) const {
+    double sum = 0;
+#pragma unroll
+    for (int c = 0; c < kColumnsOfLane; ++c) sum += value[c] * other.value[c];
+    return sum_of_warp(sum);
+  }
+  // The length to divide by, and makes the row that of unit length.
+  CODIR_FAST_DEVICE double normalize() {
+    const double norm = sqrt(dot(*this));
+    const double divisor = norm > kMinNormOfRows ? norm : kMinNormOfRows;
+#pragma unroll
+    for (int c = 0; c < kColumnsOfLane; ++c) value[c] /= divisor;
+    return divisor;
+  }
+};
+
+// Blocks of kCombineWarps warps, a warp for each of B rows: unit (B, D) of Half. Without
+// `normalize` a copy.
+template <typename Half>
+CODIR_FAST_DEVICE void prepare_queries(Half* unit, const void* query, int B, int D,
+                                       bool normalize) {
+  let_next_grid_begin();
+  const int i = block_index() * kCombineWarps + thread_index() / kWarp;
+  if (i >= B) return;
+  WarpRow row;
+  row.load(Rows<Half>{query, false}, i, D);
+  if (normalize) row.normalize();
+#pragma unroll
+  for (int c = 0; c < kColumnsOfLane; ++c) {
+    const int d = thread_index() % kWarp + kWarp * c;
+    if (d < D) from_float(static_cast<float>(row.value[c]), unit + std::int64_t{i} * D + d);
+  }
+}
+
+struct CombineArguments {
+  // Outputs: (B,), and (B, D).
+  float* loss;
+  double* lse;
+  float* dquery;
+  float* dpositive;
+  float* dinv_temperature;
+  // What the pass left; the queries and positives as they were given.
+  const float* maximum;
+  const float* total;
+  const float* rows;
+  const void* query;
+  const void* positive;
+  bool positive_is_float;
+  Scalar inv_temperature, log_partition;
+  double log_noise;  // log(c + eps)
+  int B, D, splits;
+  int warps_per_query;  // 1, 2, 4 or 8, at most about as many as splits
+  bool nce, normalize;
+};
+
+// softplus(a), and sigmoid(a).
+CODIR_FAST_DEVICE double logistic(double a, double* sigmoid) {
+  const double small = exp(a < 0 ? a : -a);
+  *sigmoid = (a > 0 ? 1.0 : small) / (1.0 + small);
+  return (a > 0 ? a : 0.0) + log1p(small);
+}
+
+// One query's sums over all splits, relative to 2^maximum.
+struct Sums {
+  double maximum, total;
+  WarpRow rows;
+};
+
+// A warp's share of the splits: from `first`, every `step`-th.
+CODIR_FAST_DEVICE Sums sum_splits(const CombineArguments& a, int i, int first, int step) {
+  Sums sums{};
+  float largest = kMinusInfinity;
+  for (int n = thread_index() % kWarp; n < a.splits; n += kWarp) {
+    const float maximum = a.maximum[std::int64_t{n} * a.B + i];
+    largest = largest < maximum ? maximum : largest;
+  }
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    const float other = shuffle_xor(largest, lanes);
+    largest = largest < other ? other : largest;
+  }
+  sums.maximum = largest;
+  const double base = largest == kMinusInfinity ? 0.0 : largest;
+#pragma unroll 4
+  for (int n = first; n < a.splits; n += step) {
+    const std::int64_t at = std::int64_t{n} * a.B + i;
+    const double weight = exp2(a.maximum[at] - base);
+    sums.total += weight * a.total[at];
+#pragma unroll
+    for (int c = 0; c < kColumnsOfLane; ++c) {
+      const int d = thread_index() % kWarp + kWarp * c;
+      if (d < a.D) sums.rows.value[c] += weight * a.rows[at * a.D + d];
+    }
+  }
+  return sums;
+}
+
+// One warp: from a query's sums to its outputs.
+template <typename Half>
+CODIR_FAST_DEVICE void finish_query(const CombineArguments& a, int i, const Sums& sums) {
+  WarpRow query, positive;
+  query.load(Rows<Half>{a.query, false}, i, a.D);
+  positive.load(Rows<Half>{a.positive, a.positive_is_float}, i, a.D);
+  const double query_norm = a.normalize ? query.normalize() : 1.0;
+  const double positive_norm = a.normalize ? positive.normalize() : 1.0;
+  const double inv_t = load_scalar(a.inv_temperature);
+  const double positive_logit = query.dot(positive) * inv_t;
+  double lse, loss, weight;  // weight: what the positive's share lacks of 1
+  double share = 1;          // of the summed rows
+  if (a.nce) {
+    lse = load_scalar(a.log_partition) + a.log_noise;
+    loss = logistic(lse - positive_logit, &weight) + sums.total;
+  } else {
+    // No negative: total 0, gap -inf, loss 0.
+    const double gap = sums.maximum * kLn2 - positive_logit + log(sums.total);
+    loss = logistic(gap, &weight);
+    lse = positive_logit + loss;
+    share = weight / (sums.total == 0 ? 1.0 : sums.total);
+  }
+  WarpRow direction;
+#pragma unroll
+  for (int c = 0; c < kColumnsOfLane; ++c)
+    direction.value[c] = share * sums.rows.value[c] - weight * positive.value[c];
+  const double dinv_temperature = query.dot(direction);
+  // Back through the division by the length, which is constant below kMinNormOfRows.
+  const bool query_moves = a.normalize && query_norm > kMinNormOfRows;
+  const bool positive_moves = a.normalize && positive_norm > kMinNormOfRows;
+  const double along_query = query_moves ? dinv_temperature * inv_t : 0.0;
+  const double along_positive = positive_moves ? -weight * positive_logit : 0.0;
+#pragma unroll
+  for (int c = 0; c < kColumnsOfLane; ++c) {
+    const int d = thread_index() % kWarp + kWarp * c;
+    if (d >= a.D) continue;
+    const std::int64_t at = std::int64_t{i} * a.D + d;
+    a.dquery[at] = static_cast<float>((direction.value[c] * inv_t - along_query * query.value[c]) /
+                                      query_norm);
+    a.dpositive[at] = static_cast<float>(
+        (-weight * inv_t * query.value[c] - along_positive * positive.value[c]) / positive_norm);
+  }
+  if (thread_index() % kWarp == 0) {
+    a.loss[i] = static_cast<float>(loss);
+    a.lse[i] = lse;
+    a.dinv_temperature[i] = static_cast<float>(dinv_temperature);
+  }
+}
+
+// Blocks of kCombineWarps warps, warps_per_query for each query. `exchange`: kCombineWarps *
+// (kMaxDim + 1) doubles in shared memory.
+template <typename Half>
+CODIR_FAST_DEVICE void combine_splits(const CombineArguments& a, double* exchange) {
+  wait_for_previous_grid();
+  const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+  const int member = warp % a.warps_per_query;
+  const int i = block_index() * (kCombineWarps / a.warps_per_query) + warp / a.warps_per_query;
+  Sums sums{};
+  if (i < a.B) sums = sum_splits(a, i, member, a.warps_per_query);
+  if (a.warps_per_query > 1) {
+    double* mine = exchange + warp * (kMaxDim + 1);
+    for (int c = 0; c < kColumnsOfLane; ++c) mine[lane + kWarp * c] = sums.rows.value[c];
+    if (lane == 0) mine[kMaxDim] = sums.total;
+    sync_block();
+    for (int other = 1; member == 0 && other < a.warps_per_query; ++other) {
+      const double* theirs = mine + other * (kMaxDim + 1);
+      for (int c = 0; c < kColumnsOfLane; ++c) sums.rows.value[c] += theirs[lane + kWarp * c];
+      sums.total += theirs[kMaxDim];
+    }
+  }
+  if (member == 0 && i < a.B) finish_query<Half>(a, i, sums);
+}
+
+}  // namespace sm90
+}  // namespace codir_fast

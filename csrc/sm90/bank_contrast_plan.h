@@ -1,0 +1,181 @@
+// How bank_contrast is cut for sm_90: tiles by width, where they lie in shared memory, and which
+// block of threads takes which queries and which part of the bank. Plain arithmetic, for host and
+// device.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "sm90/tile_layout.h"
+
+namespace codir_fast {
+namespace sm90 {
+
+constexpr int kMaxDim = 256;
+constexpr int kWarpgroup = 128;    // threads
+constexpr int kConsumerRows = 64;  // queries that one consumer warpgroup multiplies
+constexpr int kColumnBytes = 16;   // what a masked pass keeps of a bank row
+
+// Of one width: rows of a bank tile, tiles in flight, consumer warpgroups, and the registers of a
+// producer's and a consumer's thread, which fill the multiprocessor's 64 K together.
+struct PassTile {
+  int block_k, stages, consumers, producer_registers, consumer_registers;
+};
+
+CODIR_FAST_HOST_DEVICE constexpr int padded_dim(int D) {
+  return D <= 64 ? 64 : D <= 128 ? 128 : 256;
+}
+
+// How logits become weights. kFixedShift: e^{s - 1/t}, without masks, right for unit rows and 1/t
+// up to kMaxFixedShift; whoever launches it launches kRunningMaximum with `only_bad` after it.
+// kRunningMaximum: any logits, and masks. kNce: sigmoids, and masks.
+enum class Weighing { kFixedShift, kRunningMaximum, kNce };
+
+// The largest tiles that registers hold. At 64 columns exponentials cost as much as products: a
+// third consumer hides them, where masks leave registers for it. Threads that describe a masked
+// pass's columns need more than one that copies.
+CODIR_FAST_HOST_DEVICE constexpr PassTile pass_tile(int padded_dim, Weighing weighing) {
+  if (weighing == Weighing::kFixedShift) {
+    return padded_dim == 64    ? PassTile{128, 7, 3, 32, 160}
+           : padded_dim == 128 ? PassTile{128, 5, 2, 24, 240}
+                               : PassTile{80, 3, 2, 24, 240};
+  }
+  return padded_dim == 64    ? PassTile{128, 7, 2, 40, 232}
+         : padded_dim == 128 ? PassTile{112, 5, 2, 40, 232}
+                             : PassTile{64, 4, 2, 40, 232};
+}
+
+CODIR_FAST_HOST_DEVICE constexpr int num_threads(PassTile tile) {
+  return kWarpgroup * (1 + tile.consumers);
+}
+
+// Offsets in bytes from the beginning of shared memory, which is a multiple of 1024.
+struct SharedLayout {
+  int query_bytes, tile_bytes;  // of one consumer's queries, of one bank tile
+  int queries, tiles, columns, barriers, bytes;
+};
+
+// Barriers of 8 bytes, in this order: full, ready and empty for each stage, queries full and empty.
+CODIR_FAST_HOST_DEVICE constexpr SharedLayout shared_layout(int padded_dim, Weighing weighing) {
+  const PassTile tile = pass_tile(padded_dim, weighing);
+  SharedLayout at{};
+  at.query_bytes = kConsumerRows * padded_dim * 2;
+  at.tile_bytes = tile.block_k * padded_dim * 2;
+  at.queries = 0;
+  at.tiles = at.queries + tile.consumers * at.query_bytes;
+  at.columns = at.tiles + tile.stages * at.tile_bytes;
+  at.barriers = at.columns + tile.stages * tile.block_k * kColumnBytes;
+  at.bytes = at.barriers + (3 * tile.stages + 2) * 8;
+  return at;
+}
+
+// Items are split-major: item = split * row_tiles + row tile, so that blocks that run side by side
+// read the same part of the bank, which L2 then holds. With `alternate` the consumers of a block
+// hold the same queries and take its bank tiles in turn: few queries, all threads busy.
+struct Plan {
+  int B, K, D;
+  bool alternate;
+  int block_b, block_k;  // queries of a block, rows of a bank tile
+  int row_tiles, splits, rows_per_split;
+
+  CODIR_FAST_HOST_DEVICE int num_items() const { return row_tiles * splits; }
+};
+
+constexpr std::int64_t kMaxPartialBytes = 24 << 20;
+
+inline std::int64_t partial_bytes(std::int64_t splits, std::int64_t B, std::int64_t D) {
+  return splits * B * (D + 2) * 4;
+}
+
+inline Plan plan_tiles(int B, int K, int D, Weighing weighing) {
+  const PassTile tile = pass_tile(padded_dim(D), weighing);
+  const bool alternate = B <= kConsumerRows;
+  const int block_b = alternate ? kConsumerRows : kConsumerRows * tile.consumers;
+  return {B, K, D, alternate, block_b, tile.block_k, ceil_div(B, block_b), 0, 0};
+}
+
+// The fewest splits that keep the multiprocessors as busy as any number does, within 2 %, as long
+// as partial sums stay below kMaxPartialBytes.
+inline Plan make_plan(int B, int K, int D, Weighing weighing, int num_multiprocessors) {
+  Plan plan = plan_tiles(B, K, D, weighing);
+  const int bank_tiles = ceil_div(K, plan.block_k);
+  if (bank_tiles == 0) return plan;
+  const auto tiles_taken = [&](int splits) {  // one after the other, by the busiest multiprocessor
+    const std::int64_t items = std::int64_t{plan.row_tiles} * splits;
+    return double(ceil_div(items, num_multiprocessors)) * ceil_div(bank_tiles, splits);
+  };
+  // Consumers that take turns work on one item only (see Consumer::merge).
+  const int most =
+      std::min(bank_tiles, plan.alternate ? num_multiprocessors : 8 * num_multiprocessors);
+  int best = 1;
+  for (int splits = 2; splits <= most; ++splits) {
+    if (partial_bytes(splits, B, D) > kMaxPartialBytes) break;
+    if (tiles_taken(splits) * 1.02 < tiles_taken(best)) best = splits;
+  }
+  plan.rows_per_split = ceil_div(bank_tiles, best) * plan.block_k;
+  plan.splits = ceil_div(K, plan.rows_per_split);
+  return plan;
+}
+
+// A plan for the tiles of another weighing that leaves its sums where those of `plan` lie.
+inline Plan with_same_splits(const Plan& plan, Weighing weighing) {
+  Plan other = plan_tiles(plan.B, plan.K, plan.D, weighing);
+  other.splits = plan.splits, other.rows_per_split = plan.rows_per_split;
+  return other;
+}
+
+struct Item {
+  int row_tile, split;
+  int first_row, end_row, num_tiles;  // of the bank
+};
+
+CODIR_FAST_HOST_DEVICE inline Item item_at(const Plan& plan, int number) {
+  Item item{};
+  item.split = number / plan.row_tiles;
+  item.row_tile = number % plan.row_tiles;
+  item.first_row = item.split * plan.rows_per_split;
+  const int left = plan.K - item.first_row;
+  const int rows = left < plan.rows_per_split ? left : plan.rows_per_split;
+  item.end_row = item.first_row + rows;
+  item.num_tiles = ceil_div(rows, plan.block_k);
+  return item;
+}
+
+// Bank row at which the n-th tile begins. Tiles are walked from the last to the first: the one that
+// the end cuts comes first, before the loop, where a branch costs nothing.
+CODIR_FAST_HOST_DEVICE inline int tile_row(const Plan& plan, const Item& item, int n) {
+  return item.first_row + (item.num_tiles - 1 - n) * plan.block_k;
+}
+
+// Place in a ring of stages: tile n of a block lies in stage n % stages and is the phase-th there.
+struct RingPlace {
+  int stage, phase;
+};
+
+CODIR_FAST_HOST_DEVICE inline RingPlace ring_place(int n, int stages) {
+  return {n % stages, (n / stages) & 1};
+}
+
+// What a tensor map says of a (rows, D) matrix of 16-bit elements: the copy engine's box is 64
+// columns wide, columns and rows outside of the matrix come as zeros.
+struct MatrixMap {
+  const void* data;
+  std::int64_t rows, columns, row_bytes;
+  int box_rows, box_columns;
+};
+
+inline MatrixMap matrix_map(const void* data, std::int64_t rows, std::int64_t D, int box_rows) {
+  return {data, rows, D, D * 2, box_rows, kPanelColumns};
+}
+
+// Why the copy engine can't read such a matrix; null if it can.
+inline const char* why_not_mapped(const MatrixMap& map) {
+  if (map.row_bytes % 16 != 0) return "rows must be multiples of 16 bytes";
+  if (reinterpret_cast<std::uintptr_t>(map.data) % 16 != 0)
+    return "the matrix must begin at a multiple of 16 bytes";
+  if (map.rows >= std::int64_t{1} << 31) return "there must be fewer than 2^31 rows";
+  return nullptr;
+}
+
+}  // namespace sm90
+}  // namespace codir_fast
