@@ -76,6 +76,7 @@ bench: $(VENV)/.installed $(VENV)/.bench
 	$(BIN)/codir-fast bench --shape all --sweep K B --out benchmarks/results/$(or $(OUT),mine)
 
 static-gpu: $(VENV)/.installed
+	$(BIN)/python csrc/static_gate.py --out $(or $(OUT),build/static-gpu)
 	$(BIN)/python -m codir_fast.kernels.static_gate --out $(or $(OUT),build/static-gpu)
 
 # On a machine with a GPU: built for its own Python and torch, into a folder that only these two look into.
@@ -102,7 +103,8 @@ test-gpu: gpu $(GPU_BUILD)/.installed
 	  set -ex; \
 	  $(GPU_ENV) $(SANITIZER) memcheck $(THEIR_PYTHON) -m pytest -q test_sanitizer.py; \
 	  $(GPU_ENV) $(SANITIZER) racecheck $(THEIR_PYTHON) -m pytest -q test_sanitizer.py; \
-	else echo "compute-sanitizer is not there or does not work on this machine: memcheck and racecheck were not run"; fi
+	  $(GPU_ENV) $(SANITIZER) synccheck $(THEIR_PYTHON) -m pytest -q test_sanitizer.py -k cuda; \
+	else echo "compute-sanitizer is not there or does not work on this machine: its checks were not run"; fi
 
 bench-gpu: gpu $(GPU_BUILD)/.installed
 	cd $(GPU_BUILD) && $(THEIR_PYTHON) -m codir_fast bench --device cuda --shape all --sweep K --budget 0.3 \

@@ -169,20 +169,20 @@ def _with_gradient(inputs: Inputs, loss: Callable[[], Tensor]) -> Run:
     return run
 
 
-def _ours(normalize: bool) -> Callable[[Inputs], Run]:
+def _ours(normalize: bool, backend: str = "auto") -> Callable[[Inputs], Run]:
     def prepare(inputs: Inputs) -> Run:
-        loss_fn = ContrastiveLoss(T, normalize=normalize)
+        loss_fn = ContrastiveLoss(T, normalize=normalize, backend=backend)
         return _with_gradient(inputs, lambda: loss_fn(inputs.query, inputs.positive, inputs.bank))
 
     return prepare
 
 
-def _ours_queue(inputs: Inputs, dtype: torch.dtype | None = None) -> Run:
+def _ours_queue(inputs: Inputs, dtype: torch.dtype | None = None, backend: str = "auto") -> Run:
     queue = MemoryQueue(*inputs.bank.shape, dtype=dtype or inputs.bank.dtype)
     queue = queue.to(inputs.bank.device)
     for keys in inputs.bank.split(1 << 18):
         queue.enqueue(keys)
-    loss_fn = ContrastiveLoss(T)
+    loss_fn = ContrastiveLoss(T, backend=backend)
     return _with_gradient(inputs, lambda: loss_fn(inputs.query, inputs.positive, queue))
 
 
@@ -195,9 +195,9 @@ def _ours_indexed(inputs: Inputs) -> Run:
     return _with_gradient(inputs, loss)
 
 
-def _ours_graph(inputs: Inputs) -> Run:
+def _ours_graph(inputs: Inputs, backend: str = "auto") -> Run:
     """A step against a queue, captured once, replayed: what is left without PyTorch's overhead."""
-    step = _ours_queue(inputs)
+    step = _ours_queue(inputs, backend=backend)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -392,9 +392,13 @@ def _bmm_pool(states: list[Tensor], mask: Tensor) -> Tensor:
     return torch.cat([torch.bmm(weights, state)[:, 0] for state in states], dim=1)
 
 
+def _cuda_pool(states: list[Tensor], mask: Tensor) -> Tensor:
+    return pool_hidden_states(states, mask, backend="cuda")
+
+
 def _pool(pool: Callable[[list[Tensor], Tensor], Tensor]) -> Callable[[Inputs], Run]:
     def prepare(inputs: Inputs) -> Run:
-        takes_integers = pool in (pool_hidden_states, _expanded_pool)
+        takes_integers = pool in (pool_hidden_states, _cuda_pool, _expanded_pool)
         mask = inputs.mask if takes_integers else inputs.mask.to(inputs.grad.dtype)
         if inputs.shape.operator == "masked_pool":
             return lambda: (pool(inputs.hidden_states, mask),)
@@ -422,6 +426,21 @@ PEERS = (
         _BANK,
         _ours_graph,
         "ContrastiveLoss(), MemoryQueue, replayed as a CUDA graph",
+        normalizes=True,
+        gpu_only=True,
+    ),
+    Peer(
+        "codir_fast-cuda",
+        _BANK,
+        _ours(False, "cuda"),
+        'ContrastiveLoss(normalize=False, backend="cuda"), (K, D) tensor',
+        gpu_only=True,
+    ),
+    Peer(
+        "codir_fast-cuda-graph",
+        _BANK,
+        lambda inputs: _ours_graph(inputs, "cuda"),
+        'ContrastiveLoss(backend="cuda"), MemoryQueue, replayed as a CUDA graph',
         normalizes=True,
         gpu_only=True,
     ),
@@ -487,10 +506,11 @@ PEERS = (
     Peer("gathered", _INDEXED, _gathered, "index_select, bmm, as RepDistiller", copies=3),
     Peer("dense", _INDEXED, _dense, "codir_fast, all K rows instead of M", is_floor=True),
     *(
-        Peer(name, operator, _pool(pool), what)
+        Peer(name, operator, _pool(pool), what, gpu_only=name == "codir_fast-cuda")
         for operator in ("masked_pool", "masked_pool_backward")
         for name, pool, what in (
             ("codir_fast", pool_hidden_states, "pool_hidden_states"),
+            ("codir_fast-cuda", _cuda_pool, 'pool_hidden_states(backend="cuda")'),
             ("bmm", _bmm_pool, "bmm of the weights with each layer"),
             ("eager", _eager_pool, "mask, sum, divide, cat"),
             ("sentence-transformers", _expanded_pool, "its formula of mean pooling"),

@@ -11,14 +11,14 @@ namespace pool {
 namespace {
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     masked_pool_kernel(const __grid_constant__ PoolArguments arguments, PoolMode mode) {
   __shared__ __align__(16) unsigned char exchange[exchange_bytes<T, kVector>()];
   pool_forward<T, kVector>(arguments, mode, exchange);
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     masked_pool_backward_kernel(const __grid_constant__ PoolArguments arguments, PoolMode mode) {
   __shared__ __align__(16) unsigned char exchange[kThreads * sizeof(int)];
   pool_backward<T, kVector>(arguments, mode, exchange);

@@ -230,37 +230,55 @@ CODIR_FAST_DEVICE void pool_forward(const PoolArguments& a, PoolMode mode, void*
 }
 
 template <typename T, int kVector>
-CODIR_FAST_DEVICE void pool_backward(const PoolArguments& a, PoolMode mode, void* exchange) {
-  using C = Wide<T>;
+CODIR_FAST_DEVICE void store_token(const PoolArguments& a, const Place<kVector>& at, int t,
+                                   const Vector<T, kVector>& row) {
+  T* out = static_cast<T*>(a.dhidden[at.layer]) + (std::int64_t{at.b} * a.T + t) * a.H + at.column;
+  *reinterpret_cast<Vector<T, kVector>*>(out) = row;
+}
+
+template <typename T, int kVector>
+CODIR_FAST_DEVICE void pool_mean_backward(const PoolArguments& a, void* exchange) {
   const Place<kVector> at(a);
-  int chosen = -1, count = 0;
-  if (mode == PoolMode::kMean) {
-    count = count_tokens(a, at.b, static_cast<int*>(exchange));
-  } else if (mode != PoolMode::kMax) {
+  const int count = count_tokens(a, at.b, static_cast<int*>(exchange));
+  if (!at.inside) return;
+  const T* grad = static_cast<const T*>(a.pooled) + at.out + (at.column - at.first_column);
+  Vector<T, kVector> share, none{};
+#pragma unroll
+  for (int v = 0; v < kVector; ++v)
+    narrow(widen(grad[v]) / static_cast<Wide<T>>(count > 0 ? count : 1), &share.value[v]);
+  for (int t = at.warp; t < a.T; t += kWarps)
+    store_token(a, at, t, is_real(a.mask, at.b, t) ? share : none);
+}
+
+// Each column's gradient goes to one token, -1 for none.
+template <typename T, int kVector>
+CODIR_FAST_DEVICE void pool_one_token_backward(const PoolArguments& a, PoolMode mode,
+                                               void* exchange) {
+  const Place<kVector> at(a);
+  int chosen = -1;
+  if (mode != PoolMode::kMax)
     chosen = find_token(a, at.b, mode == PoolMode::kLast, static_cast<int*>(exchange));
-  }
   if (!at.inside) return;
   const std::int64_t in = at.out + (at.column - at.first_column);
-  Vector<T, kVector> share;
+  const T* grad = static_cast<const T*>(a.pooled) + in;
   int token[kVector];
 #pragma unroll
-  for (int v = 0; v < kVector; ++v) {
-    share.value[v] = static_cast<const T*>(a.pooled)[in + v];
-    if (mode == PoolMode::kMean)
-      narrow(widen(share.value[v]) / static_cast<C>(count > 0 ? count : 1), &share.value[v]);
+  for (int v = 0; v < kVector; ++v)
     token[v] = mode == PoolMode::kMax ? static_cast<int>(a.argmax[in + v]) : chosen;
-  }
-  T* out = static_cast<T*>(a.dhidden[at.layer]) + std::int64_t{at.b} * a.T * a.H + at.column;
   for (int t = at.warp; t < a.T; t += kWarps) {
-    Vector<T, kVector> row;
-    const bool real = mode == PoolMode::kMean && is_real(a.mask, at.b, t);
+    Vector<T, kVector> row{};
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      narrow(Wide<T>(0), &row.value[v]);
-      if (real || token[v] == t) row.value[v] = share.value[v];
+      if (token[v] == t) row.value[v] = grad[v];
     }
-    *reinterpret_cast<Vector<T, kVector>*>(out + std::int64_t{t} * a.H) = row;
+    store_token(a, at, t, row);
   }
+}
+
+template <typename T, int kVector>
+CODIR_FAST_DEVICE void pool_backward(const PoolArguments& a, PoolMode mode, void* exchange) {
+  if (mode == PoolMode::kMean) return pool_mean_backward<T, kVector>(a, exchange);
+  pool_one_token_backward<T, kVector>(a, mode, exchange);
 }
 
 // Elements that all addresses and rows allow to be read at once: 16 bytes, or one element.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import codir_fast
-from codir_fast import backend
+from codir_fast import _C, backend
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Like:
 
 
 CPU, CUDA = Like(torch.device("cpu")), Like(torch.device("cuda", 0))
+HALF = replace(CUDA, dtype=torch.bfloat16)
 
 
 @pytest.fixture
@@ -31,6 +32,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda": True})
 
 
 def test_backends_says_what_runs_here_and_why(monkeypatch):
@@ -40,9 +42,10 @@ def test_backends_says_what_runs_here_and_why(monkeypatch):
     assert status["torch"].available and status["cpu"].available
     assert status["cpu"].ops == status["torch"].ops == backend.OPS
     assert all(isinstance(entry.reason, str) and entry.reason for entry in status.values())
-    assert not status["cuda"].available and "no hand-written CUDA kernel" in status["cuda"].reason
+    assert status["cuda"].ops == ("masked_pool", "bank_contrast")
     if not torch.cuda.is_available():
         assert not status["triton"].available and "CUDA GPU" in status["triton"].reason
+        assert not status["cuda"].available and "CUDA" in status["cuda"].reason
 
 
 @pytest.mark.parametrize("op", backend.OPS)
@@ -84,7 +87,12 @@ def test_unknown_name():
     ("name", "op", "device", "reason"),
     [
         ("cpu", "bank_contrast", CUDA, "it needs tensors on the CPU; backends that can: ['torch']"),
-        ("cuda", "bank_contrast", CPU, "no hand-written CUDA kernel"),
+        ("cuda", "bank_contrast", CPU, "it takes bfloat16 and float16, `query` is torch.float32"),
+        ("cuda", "bank_contrast", replace(CPU, dtype=torch.float16), "tensors on a CUDA GPU"),
+        ("cuda", "bank_contrast", replace(HALF, shape=(2, 264)), "D is 264, it takes multiples of"),
+        ("cuda", "bank_contrast", replace(HALF, shape=(2, 12)), "D is 12, it takes multiples of 8"),
+        ("cuda", "masked_pool", CPU, "it needs tensors on a CUDA GPU"),
+        ("cuda", "indexed_contrast", HALF, "it has no indexed_contrast"),
         ("triton", "bank_update", CPU, "needs tensors on a CUDA GPU; backends that can: ['torch',"),
         ("triton", "bank_update", replace(CUDA, dtype=torch.float64), "it has no float64"),
         ("triton", "bank_contrast", replace(CUDA, shape=(2, 5000)), "D is 5000, it takes up to"),
@@ -96,6 +104,39 @@ def test_a_backend_that_cannot_run_says_why(name, op, device, reason, gpu, monke
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=re.escape(reason)):
         backend.resolve(op, name, device)
+
+
+def test_cuda_on_a_gpu(gpu, monkeypatch):
+    assert backend.resolve("bank_contrast", "cuda", HALF, torch.bfloat16) == "cuda"
+    assert backend.resolve("masked_pool", "cuda", replace(CUDA, dtype=torch.float64)) == "cuda"
+    with pytest.raises(RuntimeError, match="the bank torch.float32: it needs one dtype"):
+        backend.resolve("bank_contrast", "cuda", HALF, torch.float32)
+    assert backend.backends()["cuda"].available
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert "bank_contrast needs sm_90" in backend.backends()["cuda"].reason
+    with pytest.raises(RuntimeError, match="it needs a Hopper GPU, sm_90; backends that can: "):
+        backend.resolve("bank_contrast", "cuda", HALF)
+    assert backend.resolve("masked_pool", "cuda", HALF) == "cuda"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(RuntimeError, match="the GPU is sm_75, the kernels need sm_80 or newer"):
+        backend.resolve("masked_pool", "cuda", HALF)
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda": False})
+    with pytest.raises(RuntimeError, match="has no CUDA part: nvcc was not found"):
+        backend.resolve("masked_pool", "cuda", HALF)
+
+
+def test_cuda_takes_no_scaled_rows(gpu, monkeypatch):
+    monkeypatch.setattr("codir_fast.ops.bank_contrast.resolve", lambda *_: "cuda")
+    query = torch.randn(3, 8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="keep them in a bank, or normalise them and `query`"):
+        codir_fast.ContrastiveLoss(backend="cuda")(query, query, query)
+
+
+@pytest.mark.skipif(not _C.build_info()["cuda"], reason="built without CUDA")
+@pytest.mark.parametrize("op", backend.backends()["cuda"].ops)
+def test_operators_are_there_for_cuda_tensors(op):
+    for name in (op, f"{op}_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"codir_fast::{name}", "CUDA")
 
 
 def test_triton_says_what_is_missing(monkeypatch):

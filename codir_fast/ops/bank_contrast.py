@@ -50,7 +50,13 @@ def bank_contrast(
     Where the bank needs no gradient, the backward pass reads (B, .) tensors only, so that the bank
     may change before it.
     """
-    op = _FORWARD[resolve("bank_contrast", backend, query, bank.dtype)]
+    name = resolve("bank_contrast", backend, query, bank.dtype)
+    if name == "cuda" and bank_scale is not None:
+        raise RuntimeError(
+            "backend 'cuda' takes negatives as they are: keep them in a bank, or normalise them "
+            "and `query` beforehand and pass normalize=False"
+        )
+    op = _FORWARD[name]
     masks = (labels, bank_labels, exclude_index, valid)
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)
@@ -177,6 +183,9 @@ for _name, _forward, _backward in (
 ):
     registration.add_python_backend("bank_contrast", _name, _forward)
     registration.add_python_backend("bank_contrast_backward", _name, _backward)
+# "cuda" has no kernel of its own for the gradient to the bank: Triton's does it.
+registration.implement("bank_contrast_backward", "CUDA", _triton_backward)
 _FORWARD = {
     name: add_contrast_backend("bank_contrast", name) for name in ("cpu", "torch", "triton")
 }
+_FORWARD["cuda"] = _FORWARD["cpu"]  # one operator, dispatched by device

@@ -207,3 +207,4 @@ for _name, _implementation, _backward in (
     registration.add_python_backend("masked_pool_backward", _name, _backward)
 for _name in ("cpu", "torch", "triton"):
     _add(_name)
+_FORWARD["cuda"] = _FORWARD["cpu"]  # one operator, dispatched by device

@@ -32,6 +32,11 @@ def add_python_backend(op: str, backend: str, implementation: Callable[..., Any]
     return overload(op, backend)
 
 
+def implement(op: str, device_type: str, implementation: Callable[..., Any]) -> None:
+    """Gives `codir_fast::<op>` an implementation in Python for tensors of "CPU" or "CUDA"."""
+    _LIBRARY.impl(op, implementation, device_type)
+
+
 def register_fake(op: OpOverload, fake: Callable[..., Any]) -> None:
     """`fake` gives the outputs' shapes; it also answers where one of the inputs is on meta, so the
     others must be there too.

@@ -99,7 +99,7 @@ const char* launch_bank_contrast(Launcher& launcher, const BankContrastOutputs& 
   const auto run_pass = [&](Weighing how, bool after_previous) {
     const Plan& p = pass.plan;
     const int blocks =
-        p.alternate || pass.only_bad ? p.num_items() : std::min(p.num_items(), num_multiprocessors);
+        p.alternate || pass.only_bad ? p.num_items : std::min(p.num_items, num_multiprocessors);
     return launcher.pass(in.dtype, how, matrix_map(queries, in.B, in.D, kConsumerRows),
                          matrix_map(in.bank, in.K, in.D, p.block_k), pass, blocks, after_previous);
   };

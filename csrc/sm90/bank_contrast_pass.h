@@ -106,7 +106,7 @@ CODIR_FAST_DEVICE void copy_tiles(Shared<Config> shared, const TensorMap& querie
                                   const TensorMap& bank, const PassArguments& a) {
   constexpr int kStages = Config::kTile.stages;
   int number = 0;  // tiles so far
-  for (int at = block_index(); at < a.plan.num_items(); at += num_blocks()) {
+  for (int at = block_index(); at < a.plan.num_items; at += num_blocks()) {
     const Item item = item_at(a.plan, at);
     // The queries may come from a kernel that still runs; tiles of the bank need not wait for it.
     const int ahead = (item.num_tiles < kStages ? item.num_tiles : kStages) - 1;
@@ -155,7 +155,7 @@ template <typename Config>
 CODIR_FAST_DEVICE void describe_tiles(Shared<Config> shared, const PassArguments& a) {
   constexpr int kStages = Config::kTile.stages;
   int number = 0;
-  for (int at = block_index(); at < a.plan.num_items(); at += num_blocks()) {
+  for (int at = block_index(); at < a.plan.num_items; at += num_blocks()) {
     const Item item = item_at(a.plan, at);
     for (int n = 0; n < item.num_tiles; ++n, ++number) {
       const RingPlace place = ring_place(number, kStages);
@@ -364,7 +364,7 @@ CODIR_FAST_DEVICE void consume(Shared<Config> shared, const PassArguments& a) {
   if (consumer.warpgroup() == kConsumers - 1)
     named_barrier_arrive(kFirstTurn, 2 * kWarpgroup, !alternate);
   int number = 0;
-  for (int at = block_index(); at < a.plan.num_items(); at += num_blocks()) {
+  for (int at = block_index(); at < a.plan.num_items; at += num_blocks()) {
     const Item item = item_at(a.plan, at);
     barrier_wait(shared.queries_full(), round_of(at) & 1);
     consumer.scan(item, number, alternate ? consumer.warpgroup() : 0, alternate ? kConsumers : 1);

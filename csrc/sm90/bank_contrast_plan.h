@@ -76,9 +76,7 @@ struct Plan {
   int B, K, D;
   bool alternate;
   int block_b, block_k;  // queries of a block, rows of a bank tile
-  int row_tiles, splits, rows_per_split;
-
-  CODIR_FAST_HOST_DEVICE int num_items() const { return row_tiles * splits; }
+  int row_tiles, splits, rows_per_split, num_items;
 };
 
 constexpr std::int64_t kMaxPartialBytes = 24 << 20;
@@ -91,7 +89,7 @@ inline Plan plan_tiles(int B, int K, int D, Weighing weighing) {
   const PassTile tile = pass_tile(padded_dim(D), weighing);
   const bool alternate = B <= kConsumerRows;
   const int block_b = alternate ? kConsumerRows : kConsumerRows * tile.consumers;
-  return {B, K, D, alternate, block_b, tile.block_k, ceil_div(B, block_b), 0, 0};
+  return {B, K, D, alternate, block_b, tile.block_k, ceil_div(B, block_b), 0, 0, 0};
 }
 
 // The fewest splits that keep the multiprocessors as busy as any number does, within 2 %, as long
@@ -114,6 +112,7 @@ inline Plan make_plan(int B, int K, int D, Weighing weighing, int num_multiproce
   }
   plan.rows_per_split = ceil_div(bank_tiles, best) * plan.block_k;
   plan.splits = ceil_div(K, plan.rows_per_split);
+  plan.num_items = plan.row_tiles * plan.splits;
   return plan;
 }
 
@@ -121,6 +120,7 @@ inline Plan make_plan(int B, int K, int D, Weighing weighing, int num_multiproce
 inline Plan with_same_splits(const Plan& plan, Weighing weighing) {
   Plan other = plan_tiles(plan.B, plan.K, plan.D, weighing);
   other.splits = plan.splits, other.rows_per_split = plan.rows_per_split;
+  other.num_items = other.row_tiles * other.splits;
   return other;
 }
 

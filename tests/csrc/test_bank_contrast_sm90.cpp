@@ -45,7 +45,7 @@ void test_tiles_fit_the_multiprocessor() {
 void test_plan_covers(int B, int K, int D, Weighing weighing, int multiprocessors) {
   const Plan plan = make_plan(B, K, D, weighing, multiprocessors);
   CHECK(plan.row_tiles * plan.block_b >= B && (plan.row_tiles - 1) * plan.block_b < B);
-  CHECK(!plan.alternate || plan.num_items() <= multiprocessors);
+  CHECK(!plan.alternate || plan.num_items <= multiprocessors);
   CHECK(plan.splits <= 1 || partial_bytes(plan.splits, B, D) <= kMaxPartialBytes);
   for (const Weighing of_items : {weighing, Weighing::kRunningMaximum}) {
     const Plan p = with_same_splits(plan, of_items);
@@ -82,13 +82,13 @@ void test_plans() {
                            {4096, 65536, 256}};
   for (const auto& shape : shapes) {
     const Plan plan = make_plan(shape[0], shape[1], shape[2], Weighing::kFixedShift, 132);
-    const int waves = ceil_div(plan.num_items(), 132);
+    const int waves = ceil_div(plan.num_items, 132);
     const double rows = double(waves) * plan.rows_per_split * 132;
     CHECK(double(shape[1]) * plan.row_tiles / rows > 0.94);
   }
   // No more rows than coordinates of the copy engine: nothing wraps at the end.
   const Plan largest = make_plan(1, INT32_MAX, 64, Weighing::kFixedShift, 132);
-  CHECK(item_at(largest, largest.num_items() - 1).end_row == INT32_MAX);
+  CHECK(item_at(largest, largest.num_items - 1).end_row == INT32_MAX);
 }
 
 void test_ring() {

@@ -6,11 +6,13 @@ CPU tensors by Triton's interpreter, slowly: a trial of the tests, where there i
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from codir_fast.backend import resolve
 
 # Where algorithms must be deterministic, cuBLAS wants this before it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -33,6 +35,20 @@ def device() -> torch.device:
 def needs_gpu() -> None:
     if ON == "cpu":
         pytest.skip("looks at the GPU itself")
+
+
+@pytest.fixture(scope="session")
+def needs_cuda_backend() -> Callable[[str], None]:
+    """Skips where the hand-written kernel of an operator can't run, with the reason."""
+
+    def check(op: str) -> None:
+        like = torch.empty(2, 64, dtype=torch.bfloat16, device=ON)
+        try:
+            resolve(op, "cuda", like, torch.bfloat16)
+        except RuntimeError as error:
+            pytest.skip(str(error))
+
+    return check
 
 
 @pytest.fixture(autouse=True)

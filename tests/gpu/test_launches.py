@@ -11,18 +11,22 @@ import codir_fast
 
 pytestmark = pytest.mark.usefixtures("needs_gpu")
 B, K, D = 64, 8192, 128
+RUNS = [("triton", torch.bfloat16), ("triton", torch.float32), ("cuda", torch.bfloat16)]
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
-def step(request, device):
+@pytest.fixture(params=RUNS, ids=str)
+def step(request, device, needs_cuda_backend):
     """Inputs with gradients, and a step of the loss on them against a full queue."""
+    backend, dtype = request.param
+    if backend == "cuda":
+        needs_cuda_backend("bank_contrast")
     query, key = (
-        torch.randn(B, D, device=device, dtype=request.param, requires_grad=True) for _ in range(2)
+        torch.randn(B, D, device=device, dtype=dtype, requires_grad=True) for _ in range(2)
     )
-    queue = codir_fast.MemoryQueue(K, D, dtype=request.param).to(device)
+    queue = codir_fast.MemoryQueue(K, D, dtype=dtype).to(device)
     queue.enqueue(torch.randn(K, D, device=device))
     assert queue.is_full
-    loss_fn = codir_fast.ContrastiveLoss(backend="triton")
+    loss_fn = codir_fast.ContrastiveLoss(backend=backend)
     return (query, key), lambda: loss_fn(query, key, queue)
 
 
@@ -74,14 +78,15 @@ def test_cuda_graph(step):
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
-def test_masked_pool_in_a_cuda_graph(device):
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_masked_pool_in_a_cuda_graph(device, backend):
     torch.use_deterministic_algorithms(False)
     states = [torch.randn(4, 40, 128, device=device, requires_grad=True) for _ in range(6)]
     mask = torch.rand(4, 40, device=device) < 0.6
     upstream = torch.randn(4, 6 * 128, device=device)
 
     def run():
-        pooled = codir_fast.pool_hidden_states(states, mask, backend="triton")
+        pooled = codir_fast.pool_hidden_states(states, mask, backend=backend)
         return [pooled, *torch.autograd.grad(pooled, states, upstream)]
 
     run()

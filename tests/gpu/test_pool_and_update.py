@@ -16,8 +16,10 @@ EPSILON = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3, torch
 )
 @pytest.mark.parametrize("mode", ["mean", "max", "first", "last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_masked_pool(device, backend, dtype, mode, size):
+@pytest.mark.parametrize("backend", ["cuda", "triton", "torch"])
+def test_masked_pool(device, needs_cuda_backend, backend, dtype, mode, size):
+    if backend == "cuda":
+        needs_cuda_backend("masked_pool")
     L, B, T, H = size
     states = [torch.randn(B, T, H, device=device).to(dtype) for _ in range(L)]
     mask = torch.rand(B, T, device=device) < 0.6

@@ -40,6 +40,18 @@ def test_bank_contrast(device, shape):
     assert results(case, torch.ones(size[0], device=device), "triton")[0].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "size", [(1, 1, 8), (64, 700, 64), (130, 500, 128), (65, 301, 256), (70, 0, 72)], ids=str
+)
+@pytest.mark.parametrize("masks", [(), ("labels", "exclude", "valid")], ids=str)
+def test_bank_contrast_by_cuda(device, needs_cuda_backend, size, masks):
+    needs_cuda_backend("bank_contrast")
+    case = make_case(device, *size, masks=masks, normalize=True)
+    needs = ("query", "positive")
+    upstream = torch.ones(size[0], device=device)
+    assert results(case, upstream, "cuda", needs)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("size", [(1, 9, 5, 7), (4, 100, 300, 128), (3, 50, 20, 768)], ids=str)
 def test_indexed_contrast(device, size):
     B, K, M, D = size
@@ -48,8 +60,11 @@ def test_indexed_contrast(device, size):
 
 
 @pytest.mark.parametrize("mode", ["mean", "max", "last"])
-def test_masked_pool(device, mode):
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_masked_pool(device, needs_cuda_backend, backend, mode):
+    if backend == "cuda":
+        needs_cuda_backend("masked_pool")
     states = [torch.randn(3, 33, 130, device=device, requires_grad=True) for _ in range(5)]
     mask = torch.rand(3, 33, device=device) < 0.6
-    pooled = codir_fast.pool_hidden_states(states, mask, mode=mode, backend="triton")
+    pooled = codir_fast.pool_hidden_states(states, mask, mode=mode, backend=backend)
     assert torch.autograd.grad(pooled.sum(), states)[0].isfinite().all()
