@@ -14,7 +14,7 @@ define run_ctest
 $(BIN)/cmake -G Ninja -S . -B $(1) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
   -DCODIR_FAST_BUILD_EXTENSION=OFF -DCODIR_FAST_BUILD_TESTS=ON -DCODIR_FAST_SANITIZE=$(2)
 $(BIN)/cmake --build $(1)
-$(BIN)/ctest --test-dir $(1) --output-on-failure
+$(BIN)/ctest --test-dir $(1) --output-on-failure -j $(shell nproc 2>/dev/null || echo 2)
 endef
 
 .PHONY: help install demo test ctest sanitize bench static-gpu test-gpu bench-gpu lint format clean
