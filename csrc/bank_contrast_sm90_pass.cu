@@ -14,8 +14,9 @@ __global__ void __launch_bounds__(num_threads(Config::kTile), 1)
                          const __grid_constant__ TensorMap bank,
                          const __grid_constant__ PassArguments arguments) {
   extern __shared__ __align__(kSwizzleBytes) unsigned char shared_memory[];
-  bank_contrast_pass<Config>(queries, bank, arguments,
-                             static_cast<std::uint32_t>(__cvta_generic_to_shared(shared_memory)));
+  const auto base = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared_memory));
+  if (base % kSwizzleBytes != 0) __trap();  // the swizzle would be another one
+  bank_contrast_pass<Config>(queries, bank, arguments, base);
 }
 
 template <typename Config>

@@ -4,8 +4,8 @@ bank pass.
 Up to a width that registers hold, a program keeps BLOCK_B queries and walks over its split of the
 bank: s = q.b/t, weights e^{s - shift} (sigmoid in NCE), sums of weights and of weight * b, as
 attention does with keys = values = bank. Rows of unit length allow the fixed shift 1/t. A program
-whose sums overflow all the same, and float16, whose weights would vanish, follow the running
-maximum. Wider embeddings take two products over chunks of the bank that stay in cache: weights,
+whose sums overflow or vanish all the same, and float16, whose weights would vanish, follow the
+running maximum. Wider embeddings take two products over chunks of the bank that stay in cache: weights,
 then weights times rows. Either way combine_kernel merges the splits in a fixed order. Nothing of
 size B x K exists.
 """
@@ -210,6 +210,46 @@ def _scan(
     return shift, total, rows
 
 
+@triton.jit
+def _vanished(
+    total,
+    label,
+    excluded,
+    scale_ptr,
+    bank_labels_ptr,
+    valid_ptr,
+    first,
+    end,
+    K,
+    HAS_LABELS: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Whether a query's total is 0 though it has negatives in [first, end): terms too small."""
+    FEW: tl.constexpr = 16  # rows at a time: registers hold the sums besides
+    found = tl.full((BLOCK_B,), -float("inf"), tl.float32)
+    for j0 in tl.range(first, end, FEW):
+        j = j0 + tl.arange(0, FEW)
+        _, usable = _load_scale(scale_ptr, valid_ptr, j, K, False, HAS_VALID)
+        s = _mask(
+            tl.zeros((BLOCK_B, FEW), tl.float32),
+            label,
+            excluded,
+            bank_labels_ptr,
+            j0,
+            usable,
+            K,
+            HAS_LABELS,
+            HAS_EXCLUDE,
+            HAS_VALID,
+            True,
+            FEW,
+        )
+        found = tl.maximum(found, tl.max(s, 1))
+    return tl.max(tl.where(total == 0, found, -float("inf")), 0) == 0
+
+
 @triton.jit(do_not_specialize=["B", "K", "rows_per_split"])
 def bank_contrast_kernel(
     maximum_ptr,
@@ -304,6 +344,23 @@ def bank_contrast_kernel(
         )
         overflow = tl.max(tl.where(total < float("inf"), 0, 1), 0) > 0  # NaN is not below it
         follow = overflow | (not fits)
+        if not NCE:  # noqa: SIM102 (known to the compiler, as the next is not)
+            if tl.max(tl.where(total == 0, 1, 0), 0) > 0:
+                follow = follow | _vanished(
+                    total,
+                    label,
+                    excluded,
+                    scale_ptr,
+                    bank_labels_ptr,
+                    valid_ptr,
+                    first,
+                    end,
+                    K,
+                    HAS_LABELS,
+                    HAS_EXCLUDE,
+                    HAS_VALID,
+                    BLOCK_B,
+                )
     if not NCE:  # noqa: SIM102 (known to the compiler, as the next is not)
         if follow:
             shift, total, rows = _scan(

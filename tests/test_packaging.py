@@ -33,7 +33,7 @@ def test_sdist_holds_all_sources(dist):
     sources = ("csrc/**/*", "kernels/*.py", "codir_fast/**/*.py", "tests/**/*.py", "tests/csrc/*")
     for pattern in (
         *sources,
-        "docs/*.md",
+        "docs/**/*.md",
         "benchmarks/*.py",
         "examples/*.py",
         "requirements/*.txt",

@@ -193,6 +193,7 @@ struct Case {
   bool on_device = false;  // scalars
   bool float_positive = false;
   double bank_norm = 1;
+  bool opposed = false;  // the bank and positives lie on the other side of the queries
   int multiprocessors = 3;
   bool eager = false;
 };
@@ -216,7 +217,7 @@ struct Problem {
         std::vector<double> row(c.D);
         double square = 0;
         for (double& x : row) {
-          x = normal(random);
+          x = normal(random) * (c.opposed ? 0.1 : 1) + (c.opposed ? 1 : 0);
           square += x * x;
         }
         for (const double x : row) {
@@ -228,8 +229,9 @@ struct Problem {
       }
     };
     fill(c.B, c.normalize ? 3 : 1, &query, &query_value);
-    fill(c.B, c.normalize ? 0.2 : 1, &positive, &positive_value);
-    fill(c.K, c.bank_norm, &bank, &bank_value);
+    const double side = c.opposed ? -1 : 1;
+    fill(c.B, c.normalize ? 0.2 : side * c.bank_norm, &positive, &positive_value);
+    fill(c.K, side * c.bank_norm, &bank, &bank_value);
     for (const double x : positive_value) positive_float.push_back(static_cast<float>(x));
     // Labels that agree in their lower or upper halves.
     const std::int64_t names[] = {7, 7 + (std::int64_t{1} << 32), 8, 0};
@@ -450,7 +452,9 @@ int main() {
     Case c{70, 700, 64, dtype};
     c.bank_norm = 20;  // sums overflow a fixed shift
     cases.push_back(c);
-    c.bank_norm = 1, c.multiprocessors = 1;  // many items a block
+    c.opposed = true;  // or vanish
+    cases.push_back(c);
+    c.opposed = false, c.bank_norm = 1, c.multiprocessors = 1;  // many items a block
     cases.push_back(c);
     c.B = 500, c.labels = true, c.multiprocessors = 2;
     cases.push_back(c);

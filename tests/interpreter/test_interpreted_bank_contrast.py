@@ -195,6 +195,20 @@ def test_rows_that_are_not_unit_vectors_do_not_overflow(assert_accurate):
     assert all(result.isfinite().all() for result in check(assert_accurate, case))
 
 
+@pytest.mark.parametrize("masks", [(), ("labels", "exclude", "valid")])
+def test_rows_that_are_not_unit_vectors_do_not_vanish(masks, assert_accurate):
+    """All logits lie so far below the fixed shift that its weights are 0: the positive's too, so
+    that they count.
+    """
+    case = make_case(3, 70, 9, masks=masks)
+    along = F.normalize(torch.ones(9), dim=0)
+    case["query"] = along + 0.01 * torch.randn(3, 9)
+    case["bank"] = -12 * along + 0.1 * torch.randn(70, 9)
+    case["positive"] = -20 * along.expand(3, 9).contiguous()
+    loss, *_ = check(assert_accurate, case)
+    assert loss.min() > 50
+
+
 def test_long_sums_keep_their_digits(monkeypatch):
     """Equal terms add up: rounding each sum, always the same way, would show in the loss."""
     monkeypatch.setattr(tiles, "split", lambda B, K, *_: K)
