@@ -5,9 +5,9 @@ Up to a width that registers hold, a program keeps BLOCK_B queries and walks ove
 bank: s = q.b/t, weights e^{s - shift} (sigmoid in NCE), sums of weights and of weight * b, as
 attention does with keys = values = bank. Rows of unit length allow the fixed shift 1/t. A program
 whose sums overflow or vanish all the same, and float16, whose weights would vanish, follow the
-running maximum. Wider embeddings take two products over chunks of the bank that stay in cache: weights,
-then weights times rows. Either way combine_kernel merges the splits in a fixed order. Nothing of
-size B x K exists.
+running maximum. Wider embeddings take two products over chunks of the bank that stay in cache:
+weights, then weights times rows. Either way combine_kernel merges the splits in a fixed order.
+Nothing of size B x K exists.
 """
 
 from typing import Any

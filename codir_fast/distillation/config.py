@@ -4,19 +4,56 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from codir_fast.distillation.layer_mapping import parse_layer_mapping
 from codir_fast.ops.masked_pool import MODES
 
 FILE_NAME = "distillation.json"
+WEIGHTS = ("ce_weight", "kd_weight", "codir_weight", "pkd_weight")
+CHOICES = {
+    "bank_init": ("empty", "random"),
+    "objective": ("infonce", "nce"),
+    "positive": ("current", "bank"),
+    "negatives": ("other_labels", "all"),
+    "head_init": ("apart", "equal"),
+}
+# What --preset sets, for flags that are not given. The paper's form is that of the defaults; the
+# released code (github.com/intersun/CoDIR) reads the first token of every second layer, keeps a
+# bank of either side, draws 100 rows and weighs CE and KD alike.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "layer_mapping": "uniform",
+        "pooling": "mean",
+        "objective": "infonce",
+        "positive": "current",
+        "negatives": "other_labels",
+        "num_negatives": 0,
+        "both_sides": False,
+        "bank_init": "empty",
+    },
+    "official": {
+        "layer_mapping": "official",
+        "pooling": "first",
+        "objective": "nce",
+        "positive": "bank",
+        "negatives": "other_labels",
+        "num_negatives": 100,
+        "both_sides": True,
+        "bank_init": "random",
+        "ce_weight": 0.5,
+        "kd_weight": 0.5,
+    },
+}
 
 
 @dataclass
 class DistillationConfig:
-    """Loss = ce_weight * CE + kd_weight * KD + codir_weight * CoDIR, and how CoDIR sees the layers.
+    """Loss = ce_weight CE + kd_weight KD + codir_weight CoDIR + pkd_weight PKD, and how CoDIR and
+    PKD see the layers.
 
     Defaults are those of the paper where it gives one; weights of 0 switch a term off, so that CE,
-    CE + KD and CE + KD + CoDIR are one program.
+    CE + KD, CE + KD + PKD and CE + KD + CoDIR are one program.
 
     Source: Sun et al. 2020, Contrastive Distillation on Intermediate Representations for Language
         Model Compression, sections 3 and 4.1.
@@ -46,28 +83,66 @@ class DistillationConfig:
     ce_weight: float = field(default=0.1, metadata={"help": "Weight of the labels' cross-entropy."})
     kd_weight: float = field(default=0.9, metadata={"help": "Weight of the teacher's logits."})
     codir_weight: float = field(default=0.1, metadata={"help": "Weight of the contrastive term."})
+    pkd_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of PKD: distance of the mapped layers' pooled unit vectors."},
+    )
     bank_momentum: float = field(
         default=0.5, metadata={"help": "Share of a bank row that an update keeps, 0 to 1."}
+    )
+    bank_init: str = field(
+        default="empty",
+        metadata={"help": "Bank rows before their example is seen: empty (no negatives), random."},
+    )
+    objective: str = field(
+        default="infonce", metadata={"help": "Of the contrastive term: infonce, nce."}
+    )
+    positive: str = field(
+        default="current",
+        metadata={"help": "Key of an example: current (its embedding), bank (its row of before)."},
+    )
+    negatives: str = field(
+        default="other_labels",
+        metadata={"help": "Bank rows that count: other_labels, all (but the example's own row)."},
+    )
+    num_negatives: int = field(
+        default=0,
+        metadata={"help": "Draw so many of them for each example, with replacement; 0: take all."},
+    )
+    both_sides: bool = field(
+        default=False,
+        metadata={"help": "The teacher's embedding looks for the student's among a bank too."},
+    )
+    head_init: str = field(
+        default="apart",
+        metadata={"help": "Projection heads begin apart, or equal (as the teacher's)."},
+    )
+    train_heads: bool = field(
+        default=True, metadata={"help": "Train the projection heads, or leave them as they begin."}
     )
 
     def __post_init__(self) -> None:
         parse_layer_mapping(self.layer_mapping)
         if self.pooling not in MODES:
             raise ValueError(f"`pooling` must be one of {MODES}, got {self.pooling!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}")
+        if self.num_negatives < 0:
+            raise ValueError(f"`num_negatives` must be 0 or more, got {self.num_negatives}")
         if self.projection_dim < 1:
             raise ValueError(f"`projection_dim` must be at least 1, got {self.projection_dim}")
         for name in ("temperature", "kd_temperature"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}")
-        for name in ("ce_weight", "kd_weight", "codir_weight"):
+        for name in WEIGHTS:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be 0 or more and finite, got {value}")
-        if self.ce_weight == self.kd_weight == self.codir_weight == 0:
-            raise ValueError(
-                "`ce_weight`, `kd_weight` and `codir_weight` are all 0: no loss is left"
-            )
+        if not any(getattr(self, name) for name in WEIGHTS):
+            names = ", ".join(f"`{name}`" for name in WEIGHTS)
+            raise ValueError(f"{names} are all 0: no loss is left")
         if not 0 <= self.bank_momentum <= 1:
             raise ValueError(f"`bank_momentum` must be in [0, 1], got {self.bank_momentum}")
 

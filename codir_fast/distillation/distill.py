@@ -1,13 +1,15 @@
 """`codir-fast distill`: a smaller student from a fine-tuned teacher, by CoDIR."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments, set_seed
 
 from codir_fast.distillation import arguments as args
-from codir_fast.distillation.config import DistillationConfig
+from codir_fast.distillation.config import PRESETS, DistillationConfig
 from codir_fast.distillation.data import (
     check_evaluation,
     known_labels,
@@ -29,7 +31,7 @@ from codir_fast.errors import UsageError
 
 @dataclass
 class DistillArguments:
-    """The two models."""
+    """The two models, and a set of settings."""
 
     teacher: str = field(metadata={"help": "Fine-tuned classifier: a folder or a hub name."})
     student_layers: int | None = field(
@@ -38,6 +40,14 @@ class DistillArguments:
     student: str | None = field(
         default=None,
         metadata={"help": "Start from this checkpoint instead; it must read the same tokens."},
+    )
+
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from the settings of the paper, or official (the released code's); "
+            "flags that are given come before it."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -55,6 +65,7 @@ def run(arguments: list[str]) -> int:
         TrainingArguments,
     )
     defaults = args.training_defaults(arguments) | {"num_train_epochs": 2.0, "learning_rate": 1e-4}
+    defaults |= _preset(arguments)
     models, config, data, output, training = args.parse("distill", classes, arguments, **defaults)
     data.check_training()
     args.check_numbers(training)
@@ -97,8 +108,27 @@ def run(arguments: list[str]) -> int:
         processing_class=tokenizer,
         compute_metrics=Accuracy(),
     )
+    settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+    args.say(f"distilling with {settings}")
     train_and_save(trainer, training, resume)
     return 0
+
+
+def _preset(arguments: list[str]) -> dict[str, Any]:
+    """The settings that --preset names, as defaults of the flags."""
+    given = [text for name, text in _pairs(arguments) if name == "--preset"]
+    if not given:
+        return {}
+    if given[-1] not in PRESETS:
+        raise UsageError(f"`preset` must be one of {tuple(PRESETS)}, got {given[-1]!r}")
+    return PRESETS[given[-1]]
+
+
+def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Flags and what follows them, written apart or with =."""
+    for n, text in enumerate(arguments):
+        name, has_value, value = text.partition("=")
+        yield name, value if has_value else "".join(arguments[n + 1 : n + 2])
 
 
 def _student(

@@ -1,6 +1,6 @@
 """Student, heads and bank as one trainable module beside a frozen teacher."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,22 +9,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from codir_fast.distillation.config import DistillationConfig
+from codir_fast.distillation.contrast import LayerContrast
 from codir_fast.distillation.layer_mapping import layer_pairs
-from codir_fast.losses import ContrastiveLoss
-from codir_fast.memory_bank import IndexedBank
 from codir_fast.pooling import pool_hidden_states
-from codir_fast.projection import ProjectionHead
 
 STUDENT_PREFIX = "student."
 
 
 class DistillationModel(nn.Module):
-    """The fine-tuning stage of CoDIR: loss = ce_weight CE + kd_weight KD + codir_weight CoDIR.
+    """The fine-tuning stage of CoDIR: loss = ce_weight CE + kd_weight KD + codir_weight CoDIR +
+    pkd_weight PKD.
 
     CE is the student's cross-entropy with the labels. KD = T^2 KL(teacher || student) of the logits
     at T = kd_temperature. CoDIR: hidden states of the mapped layers, pooled over the real tokens
     and put side by side, go through one projection head per side; the student's z must recognise
-    the teacher's z of the same text among the bank's rows of other labels (InfoNCE).
+    the teacher's z of the same text among the bank's rows of other labels (InfoNCE; other forms by
+    `config`, see LayerContrast). PKD: distance of the mapped layers, see pkd_loss.
 
     The teacher is frozen and always in eval mode; it is neither in parameters() nor in state_dict()
     but moves with the module. In eval mode only the student runs: the loss is CE, the bank stays.
@@ -56,13 +56,10 @@ class DistillationModel(nn.Module):
         self.student = student
         # In a tuple, so that it is no submodule: not trained, not saved, not wrapped by DDP.
         self._teacher = (teacher.eval().requires_grad_(False),)
-        self._waiting: list[tuple[Tensor, Tensor]] = []
-        if config.codir_weight > 0:
-            self._add_contrast(bank_labels)
+        if config.codir_weight > 0 or config.pkd_weight > 0:
+            self._add_layers(bank_labels)
 
-    def _add_contrast(self, bank_labels: Tensor | None) -> None:
-        if bank_labels is None:
-            raise ValueError("`bank_labels` must be given where codir_weight > 0")
+    def _add_layers(self, bank_labels: Tensor | None) -> None:
         config, student, teacher = (
             self.distillation_config,
             self.student.config,
@@ -72,14 +69,17 @@ class DistillationModel(nn.Module):
             config.layer_mapping, student.num_hidden_layers, teacher.num_hidden_layers
         )
         self.student_layers, self.teacher_layers = (list(side) for side in zip(*pairs, strict=True))
-        dim = config.projection_dim
-        self.student_projection = ProjectionHead(len(pairs) * student.hidden_size, dim)
-        self.teacher_projection = ProjectionHead(len(pairs) * teacher.hidden_size, dim)
-        self.bank = IndexedBank(
-            len(bank_labels), dim, momentum=config.bank_momentum, labels=bank_labels
-        )
-        # Both sides come out of their heads with unit length.
-        self.contrastive_loss = ContrastiveLoss(config.temperature, normalize=False)
+        widths = student.hidden_size, teacher.hidden_size
+        if config.pkd_weight > 0 and widths[0] != widths[1]:
+            raise ValueError(
+                "`pkd_weight` > 0 needs a student as wide as the teacher, got hidden sizes "
+                f"{widths[0]} and {widths[1]}"
+            )
+        if config.codir_weight > 0:
+            if bank_labels is None:
+                raise ValueError("`bank_labels` must be given where codir_weight > 0")
+            layers = self.student_layers, self.teacher_layers
+            self.contrast = LayerContrast(config, layers, widths, bank_labels)
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -97,7 +97,7 @@ class DistillationModel(nn.Module):
         token_type_ids: Tensor | None = None,
         index: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Loss, logits and, in training, each term that has a weight: ce, kd, codir.
+        """Loss, logits and, in training, each term that has a weight: ce, kd, codir, pkd.
 
         Args:
             input_ids, attention_mask, token_type_ids: (B, T), as the tokenizer gives them.
@@ -109,52 +109,52 @@ class DistillationModel(nn.Module):
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
         config = self.distillation_config
-        contrasts = self.training and config.codir_weight > 0
-        student = self.student(**inputs, output_hidden_states=contrasts)
+        sees_layers = self.training and (config.codir_weight > 0 or config.pkd_weight > 0)
+        student = self.student(**inputs, output_hidden_states=sees_layers)
         ce = F.cross_entropy(student.logits.float(), labels)
         if not self.training:
             return {"loss": ce, "logits": student.logits}
         terms = {"ce": ce}
-        if contrasts or config.kd_weight > 0:
+        if sees_layers or config.kd_weight > 0:
             with torch.no_grad():
-                teacher = self.teacher(**inputs, output_hidden_states=contrasts)
+                teacher = self.teacher(**inputs, output_hidden_states=sees_layers)
             terms["kd"] = kd_loss(student.logits, teacher.logits, config.kd_temperature)
-        if contrasts:
-            terms["codir"] = self._contrast(student, teacher, attention_mask, labels, index)
-        weights = {"ce": config.ce_weight, "kd": config.kd_weight, "codir": config.codir_weight}
+        if sees_layers:
+            states = student.hidden_states, teacher.hidden_states
+            terms |= self._layer_terms(*states, attention_mask, labels, index)
+        weights = {name: getattr(config, f"{name}_weight") for name in terms}
         loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(ce))
         return {"loss": loss, "logits": student.logits, **terms}
 
-    def _contrast(
-        self, student: Any, teacher: Any, mask: Tensor, labels: Tensor, index: Tensor | None
-    ) -> Tensor:
-        if index is None:
-            raise ValueError("`index` must be given in training where codir_weight > 0")
-        pooling = self.distillation_config.pooling
-        z_student = self.student_projection(
-            pool_hidden_states(
-                student.hidden_states, mask, mode=pooling, layers=self.student_layers
+    def _layer_terms(
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        mask: Tensor,
+        labels: Tensor,
+        index: Tensor | None,
+    ) -> dict[str, Tensor]:
+        config, terms = self.distillation_config, {}
+        if config.codir_weight > 0:
+            if index is None:
+                raise ValueError("`index` must be given in training where codir_weight > 0")
+            terms["codir"] = self.contrast(student, teacher, mask, labels, index)
+        if config.pkd_weight > 0:
+            terms["pkd"] = pkd_loss(
+                pool_hidden_states(student, mask, mode=config.pooling, layers=self.student_layers),
+                pool_hidden_states(teacher, mask, mode=config.pooling, layers=self.teacher_layers),
+                len(self.student_layers),
             )
-        )
-        z_teacher = self.teacher_projection(
-            pool_hidden_states(
-                teacher.hidden_states, mask, mode=pooling, layers=self.teacher_layers
-            )
-        )
-        self._waiting.append((index, z_teacher.detach()))
-        return self.contrastive_loss(
-            z_student, z_teacher, self.bank, labels=labels, exclude_index=index
-        )
+        return terms
 
     def update_bank(self) -> None:
-        """Moves the bank's rows to the teacher embeddings of all examples seen since the last call.
+        """Moves the bank's rows to the embeddings of all examples seen since the last call.
 
         Called once after each optimizer step, so that accumulated micro-batches change the bank as
         the one large batch would.
         """
-        for index, keys in self._waiting:
-            self.bank.update(index, keys)
-        self._waiting.clear()
+        if self.distillation_config.codir_weight > 0:
+            self.contrast.update_banks()
 
     def distillation_state(self) -> dict[str, Tensor]:
         """Heads and bank: all of state_dict() that is not the student."""
@@ -180,6 +180,20 @@ class DistillationModel(nn.Module):
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:  # the older name
         self.student.gradient_checkpointing_enable(**kwargs)
+
+
+def pkd_loss(student: Tensor, teacher: Tensor, num_layers: int) -> Tensor:
+    """|u_S - u_T|^2 of unit vectors u, mean over batch and layers; both (B, L*H), pooled layers
+    side by side.
+
+    Source: Sun et al. 2019, Patient Knowledge Distillation for BERT Model Compression, equation 7,
+        whose layers are the first token's; here they are pooled as the run says.
+    """
+    student, teacher = (
+        F.normalize(rows.float().unflatten(1, (num_layers, -1)), dim=-1)
+        for rows in (student, teacher)
+    )
+    return (student - teacher).square().sum(-1).mean()
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -9,6 +9,7 @@ from tiny import tiny_config, write_examples
 from transformers import BertForSequenceClassification, BertModel, TrainingArguments
 
 from codir_fast.cli import main
+from codir_fast.distillation.config import PRESETS
 
 FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
 
@@ -83,6 +84,15 @@ ERRORS = {
     "negative weight": ({"--kd_weight": "-1"}, "`kd_weight` must be 0 or more"),
     "temperature 0": ({"--temperature": "0"}, "`temperature` must be positive"),
     "temperature nan": ({"--temperature": "nan"}, "`temperature` must be positive"),
+    "unknown preset": ({"--preset": "mine"}, "`preset` must be one of ('paper', 'official')"),
+    "unknown objective": ({"--objective": "margin"}, "`objective` must be one of"),
+    "unknown positive": ({"--positive": "none"}, "`positive` must be one of"),
+    "unknown negatives": ({"--negatives": "own"}, "`negatives` must be one of"),
+    "fewer than no negatives": ({"--num_negatives": "-1"}, "`num_negatives` must be 0 or more"),
+    "unknown bank": ({"--bank_init": "full"}, "`bank_init` must be one of"),
+    "unknown head": ({"--head_init": "same"}, "`head_init` must be one of"),
+    "negative pkd": ({"--pkd_weight": "-1"}, "`pkd_weight` must be 0 or more"),
+    "no loss": ({"--ce_weight=0": "--kd_weight=0", "--codir_weight": "0"}, "no loss is left"),
     "unknown pooling": ({"--pooling": "sum"}, "`pooling` must be one of"),
     "unknown flag": ({"--learning_speed": "1"}, "--learning_speed"),
     "output is a file": ({"--output_dir": "FOLDER/train.csv"}, "`output_dir` must be a folder"),
@@ -181,6 +191,19 @@ def test_flags_of_training_arguments_work(flags, folder, tmp_path):
     assert main(["distill", *arguments, *files(folder), *FAST, *flags, *output]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert 0 <= metrics["eval_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("preset", [["--preset", "official"], ["--preset=official"]], ids=str)
+def test_a_preset_gives_way_to_flags(preset, folder, tmp_path, capsys):
+    arguments = ["--teacher", str(folder / "teacher"), "--student_layers", "2", *preset]
+    arguments += ["--pooling", "mean", "--max_train_samples", "16"]
+    output = ["--output_dir", str(tmp_path / "out")]
+    assert main(["distill", *arguments, *files(folder), *FAST, *output]) == 0
+    settings = json.loads((tmp_path / "out" / "distillation.json").read_text())
+    expected = PRESETS["official"] | {"pooling": "mean"}
+    assert {name: settings[name] for name in expected} == expected
+    printed = capsys.readouterr().err
+    assert all(f"{name} {value}" in printed for name, value in expected.items())
 
 
 @pytest.mark.parametrize("command", ["finetune", "distill", "evaluate"])

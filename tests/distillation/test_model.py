@@ -9,6 +9,7 @@ from tiny import tiny_config
 from transformers import BertForSequenceClassification
 
 from codir_fast import DistillationConfig, DistillationModel, reference
+from codir_fast.distillation.config import PRESETS
 from codir_fast.distillation.student import student_from_teacher
 
 EXAMPLES, BATCH, TOKENS = 12, 6, 8
@@ -59,17 +60,17 @@ def test_terms_and_loss_are_those_of_the_paper():
         reduction="batchmean",
     )
     mask = batch["attention_mask"]
-    z_student = project(model.student_projection, pooled(student, [1, 2], mask))
-    z_teacher = project(model.teacher_projection, pooled(teacher, [2, 4], mask))
+    z_student = project(model.contrast.student_projection, pooled(student, [1, 2], mask))
+    z_teacher = project(model.contrast.teacher_projection, pooled(teacher, [2, 4], mask))
     codir = reference.bank_contrast(
         z_student,
         z_teacher,
-        model.bank.rows.double(),
+        model.contrast.bank.rows.double(),
         1 / 0.07,
         labels=batch["labels"],
-        bank_labels=model.bank.labels,
+        bank_labels=model.contrast.bank.labels,
         exclude_index=batch["index"],
-        valid=model.bank.valid,
+        valid=model.contrast.bank.valid,
     ).mean()
     for name, expected in (("ce", ce), ("kd", kd), ("codir", codir)):
         torch.testing.assert_close(outputs[name].double(), expected.double(), rtol=1e-4, atol=1e-6)
@@ -96,7 +97,7 @@ def test_teacher_is_neither_trained_nor_saved_but_moves():
     model = make().train()
     assert not model.teacher.training
     parts = {name.split(".")[0] for name in model.state_dict()}
-    assert parts == {"student", "student_projection", "teacher_projection", "bank"}
+    assert parts == {"student", "contrast"}
     own = {id(parameter) for parameter in model.parameters()}
     assert not own & {id(parameter) for parameter in model.teacher.parameters()}
     assert next(model.double().teacher.parameters()).dtype == torch.float64
@@ -106,7 +107,7 @@ def test_eval_mode_runs_the_student_alone_and_leaves_the_bank():
     model = make().train()
     model(**make_batch())
     model.update_bank()
-    rows = model.bank.rows.clone()
+    rows = model.contrast.bank.rows.clone()
     model.eval()
     batch = make_batch(BATCH)
     outputs = model(**batch)
@@ -115,23 +116,25 @@ def test_eval_mode_runs_the_student_alone_and_leaves_the_bank():
     torch.testing.assert_close(
         outputs["loss"], F.cross_entropy(outputs["logits"], batch["labels"]), rtol=0, atol=0
     )
-    assert torch.equal(model.bank.rows, rows)
+    assert torch.equal(model.contrast.bank.rows, rows)
 
 
 def test_bank_holds_the_teachers_embeddings_after_the_update():
     model = make().train()
     batch = make_batch()
     model(**batch)
-    assert not model.bank.valid.any()
+    assert not model.contrast.bank.valid.any()
     model.update_bank()
-    assert model.bank.valid.tolist() == [True] * BATCH + [False] * (EXAMPLES - BATCH)
+    assert model.contrast.bank.valid.tolist() == [True] * BATCH + [False] * (EXAMPLES - BATCH)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         teacher = model.teacher(**inputs, output_hidden_states=True)
         expected = project(
-            model.teacher_projection, pooled(teacher, [2, 4], batch["attention_mask"])
+            model.contrast.teacher_projection, pooled(teacher, [2, 4], batch["attention_mask"])
         )
-    torch.testing.assert_close(model.bank.rows[:BATCH].double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.contrast.bank.rows[:BATCH].double(), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_weight_zero_leaves_the_term_out():
@@ -190,3 +193,199 @@ def test_config_is_saved_and_read(tmp_path):
     config = DistillationConfig(codir_weight=0.3, layer_mapping="1:2,2:4")
     config.save(tmp_path)
     assert DistillationConfig.load(tmp_path) == config
+
+
+def embeddings(model, batch):
+    """z_S and z_T of a batch, in double."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    contrast, found = model.contrast, []
+    for side, head, layers in (
+        (model.student, contrast.student_projection, model.student_layers),
+        (model.teacher, contrast.teacher_projection, model.teacher_layers),
+    ):
+        states = side(**inputs, output_hidden_states=True)
+        found.append(project(head, pooled(states, layers, batch["attention_mask"])))
+    return found
+
+
+def started(**config):
+    """A model whose bank has seen the second half of the examples, without dropout."""
+    model = make(**config).train()
+    model.student.eval()
+    model(**make_batch(BATCH))
+    model.update_bank()
+    return model
+
+
+def test_positive_from_the_bank():
+    """The row of before where there is one, else the embedding itself."""
+    model = started(positive="bank")
+    batch = make_batch(BATCH)
+    batch["index"] = batch["index"].clone()
+    batch["index"][0] = 0  # not seen yet
+    z_student, z_teacher = embeddings(model, batch)
+    bank = model.contrast.bank
+    positive = bank.rows[batch["index"]].double()
+    positive[0] = z_teacher[0]
+    expected = reference.bank_contrast(
+        z_student,
+        positive,
+        bank.rows.double(),
+        1 / 0.07,
+        labels=batch["labels"],
+        bank_labels=bank.labels,
+        exclude_index=batch["index"],
+        valid=bank.valid,
+    ).mean()
+    found = model(**batch)["codir"]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_negatives_of_all_labels_leave_out_the_own_row_alone():
+    model = started(negatives="all")
+    batch = make_batch(BATCH)
+    z_student, z_teacher = embeddings(model, batch)
+    logits = z_student @ model.contrast.bank.rows[BATCH:].double().T / 0.07
+    logits.fill_diagonal_(-torch.inf)
+    positive = (z_student * z_teacher).sum(1, keepdim=True) / 0.07
+    expected = (torch.cat([positive, logits], 1).logsumexp(1) - positive[:, 0]).mean()
+    found = model(**batch)["codir"]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("negatives", ["other_labels", "all"])
+def test_drawn_negatives(negatives):
+    model = started(negatives=negatives, num_negatives=5)
+    bank, drawn = model.contrast.bank, []
+    batch = make_batch(BATCH)
+    original = model.contrast._draw
+    model.contrast._draw = lambda *args: drawn.append(original(*args)) or drawn[-1]
+    torch.manual_seed(8)
+    found = model(**batch)["codir"]
+    (index,) = drawn
+    assert index.shape == (BATCH, 5) and bank.valid[index].all()
+    if negatives == "other_labels":
+        assert (bank.labels[index] != batch["labels"][:, None]).all()
+    z_student, z_teacher = embeddings(model, batch)
+    expected = reference.indexed_contrast(
+        z_student,
+        z_teacher,
+        bank.rows.double(),
+        1 / 0.07,
+        index,
+        exclude_index=batch["index"],
+    ).mean()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_drawn_before_there_is_a_row_of_another_label():
+    model = make(num_negatives=3).train()
+    batch = make_batch()
+    assert model(**batch)["codir"] == 0  # the bank is empty
+    model.contrast._waiting[0] = tuple(part[::2] for part in model.contrast._waiting[0])
+    model.update_bank()  # examples of label 0 only
+    outputs = model(**batch)
+    assert outputs["codir"] == 0
+    outputs["loss"].backward()
+
+
+def test_a_bank_of_random_rows_is_full_from_the_start():
+    model = make(bank_init="random", num_negatives=3).train()
+    rows = model.contrast.bank.rows
+    assert model.contrast.bank.is_full
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(EXAMPLES))
+    assert model(**make_batch())["codir"] > 0
+
+
+def test_both_sides_are_the_mean_of_two_terms():
+    model = started(both_sides=True)
+    batch = make_batch()
+    z_student, z_teacher = embeddings(model, batch)
+    sides = []
+    for query, key, bank in (
+        (z_student, z_teacher, model.contrast.bank),
+        (z_teacher, z_student, model.contrast.student_bank),
+    ):
+        loss = reference.bank_contrast(
+            query,
+            key,
+            bank.rows.double(),
+            1 / 0.07,
+            labels=batch["labels"],
+            bank_labels=bank.labels,
+            exclude_index=batch["index"],
+            valid=bank.valid,
+        )
+        sides.append(loss.mean())
+    found = model(**batch)["codir"]
+    torch.testing.assert_close(found.double(), sum(sides) / 2, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(model.contrast.bank.rows, model.contrast.student_bank.rows)
+
+
+def test_nce_keeps_the_partition_of_its_first_batch():
+    model = started(objective="nce", bank_init="random")
+    known = model.contrast.loss.log_partition.clone()
+    assert known.isfinite()
+    assert "contrast.loss.log_partition" in model.distillation_state()
+    assert model(**make_batch())["codir"] > 0
+    assert torch.equal(model.contrast.loss.log_partition, known)
+
+
+def test_heads_that_begin_equal_and_are_not_trained():
+    model = make(head_init="equal", train_heads=False).train()
+    contrast = model.contrast
+    student, teacher = contrast.student_projection, contrast.teacher_projection
+    assert torch.equal(student.linear.weight, teacher.linear.weight)
+    model(**make_batch())
+    model.update_bank()
+    model(**make_batch(BATCH))["loss"].backward()
+    assert student.linear.weight.grad is None and teacher.linear.weight.grad is None
+    assert not torch.equal(
+        *(
+            make().contrast.state_dict()[f"{side}_projection.linear.weight"]
+            for side in ("student", "teacher")
+        )
+    )
+
+
+def test_pkd_is_the_distance_of_unit_vectors():
+    model = make(pkd_weight=2.0, codir_weight=0.0).train()
+    model.student.eval()
+    batch = make_batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    sides = [
+        pooled(side(**inputs, output_hidden_states=True), layers, batch["attention_mask"])
+        for side, layers in ((model.student, [1, 2]), (model.teacher, [2, 4]))
+    ]
+    width = model.student.config.hidden_size
+    total = sum(
+        (F.normalize(s, dim=1) - F.normalize(t, dim=1)).square().sum(1)
+        for s, t in zip(*(side.split(width, 1) for side in sides), strict=True)
+    )
+    outputs = model(**batch)
+    expected = (total / 2).mean()
+    torch.testing.assert_close(outputs["pkd"].double(), expected, rtol=1e-4, atol=1e-6)
+    others = 0.1 * outputs["ce"] + 0.9 * outputs["kd"]
+    torch.testing.assert_close(outputs["loss"], others + 2 * outputs["pkd"])
+
+
+@pytest.mark.parametrize("config", [{"pkd_weight": 1.0}, {"head_init": "equal"}], ids=str)
+def test_what_needs_a_student_as_wide_as_the_teacher(config):
+    teacher = BertForSequenceClassification(tiny_config())
+    student = BertForSequenceClassification(tiny_config(hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(ValueError, match=f"`{next(iter(config))}`.* as wide as the teacher"):
+        DistillationModel(student, teacher, DistillationConfig(**config), torch.arange(4))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_presets_train(name):
+    model = make(**PRESETS[name]).train()
+    for first in (0, BATCH):
+        outputs = model(**make_batch(first))
+        outputs["loss"].backward()
+        model.update_bank()
+    assert outputs["codir"] > 0 and outputs["codir"].isfinite()
+
+
+def test_the_preset_of_the_paper_is_the_default():
+    assert DistillationConfig(**PRESETS["paper"]) == DistillationConfig()

@@ -73,7 +73,7 @@ def test_two_runs_with_one_seed_are_bit_equal(folder, tmp_path):
         runs.append(make_trainer(folder, tmp_path / name))  # seeds
         runs[-1].train()
     assert_same_state(*runs)
-    assert runs[0].model.bank.valid.all()  # 6 steps of 8 are the 48 examples
+    assert runs[0].model.contrast.bank.valid.all()  # 6 steps of 8 are the 48 examples
 
 
 @pytest.mark.parametrize("codir_weight", [0.1, 0.0])
@@ -136,7 +136,7 @@ def test_accumulated_batches_update_the_bank_as_the_large_batch(folder, tmp_path
     ]
     for run in runs:
         run.train()
-    large, accumulated = (run.model.bank for run in runs)
+    large, accumulated = (run.model.contrast.bank for run in runs)
     assert torch.equal(large.valid, accumulated.valid)
     torch.testing.assert_close(large.rows, accumulated.rows, rtol=1e-3, atol=1e-4)
 
@@ -199,7 +199,7 @@ def test_best_model_is_loaded_at_the_end(folder, tmp_path):
     for name, value in trainer.model.student.state_dict().items():
         assert torch.equal(value, saved[name]), name
     state = load_file(best / STATE_FILE)
-    assert torch.equal(trainer.model.bank.rows, state["bank.rows"])
+    assert torch.equal(trainer.model.contrast.bank.rows, state["contrast.bank.rows"])
 
 
 def test_checkpoint_of_something_else_is_refused(folder, tmp_path):
