@@ -31,6 +31,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Of logits of unit rows, in units of log 2: terms e^{s - 1/t} down to e^{-2/t} are normal numbers.
 MAX_FIXED_SHIFT = tl.constexpr(62.5)
+# Of terms under the fixed shift; below, they may have lost digits to underflow.
+SMALLEST_TOTAL = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -173,6 +175,8 @@ def _scan(
         s = tl.dot(query, tl.trans(tile), input_precision=PRECISION) * factor
         if HAS_SCALE:
             s = s * scale[None, :]
+        if not (NCE or FOLLOW) and (HAS_LABELS or HAS_EXCLUDE or HAS_VALID):
+            s = tl.maximum(s, factor - 126.0)  # a row that counts leaves a trace in the total
         s = _mask(
             s,
             label,
@@ -208,46 +212,6 @@ def _scan(
             weight = weight * scale[None, :]
         rows = tl.dot(weight.to(OPERAND), tile, rows, input_precision=PRECISION)
     return shift, total, rows
-
-
-@triton.jit
-def _vanished(
-    total,
-    label,
-    excluded,
-    scale_ptr,
-    bank_labels_ptr,
-    valid_ptr,
-    first,
-    end,
-    K,
-    HAS_LABELS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr,
-    HAS_VALID: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Whether a query's total is 0 though it has negatives in [first, end): terms too small."""
-    FEW: tl.constexpr = 16  # rows at a time: registers hold the sums besides
-    found = tl.full((BLOCK_B,), -float("inf"), tl.float32)
-    for j0 in tl.range(first, end, FEW):
-        j = j0 + tl.arange(0, FEW)
-        _, usable = _load_scale(scale_ptr, valid_ptr, j, K, False, HAS_VALID)
-        s = _mask(
-            tl.zeros((BLOCK_B, FEW), tl.float32),
-            label,
-            excluded,
-            bank_labels_ptr,
-            j0,
-            usable,
-            K,
-            HAS_LABELS,
-            HAS_EXCLUDE,
-            HAS_VALID,
-            True,
-            FEW,
-        )
-        found = tl.maximum(found, tl.max(s, 1))
-    return tl.max(tl.where(total == 0, found, -float("inf")), 0) == 0
 
 
 @triton.jit(do_not_specialize=["B", "K", "rows_per_split"])
@@ -304,6 +268,7 @@ def bank_contrast_kernel(
     else:
         factor = factor * LOG2E
         shift = tl.full((BLOCK_B,), -float("inf"), tl.float32)
+    HAS_MASKS: tl.constexpr = HAS_LABELS or HAS_EXCLUDE or HAS_VALID
     fixed: tl.constexpr = NCE or (FIXED and tl.float16 != OPERAND)
     total = tl.zeros((BLOCK_B,), tl.float32)
     rows = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
@@ -344,23 +309,10 @@ def bank_contrast_kernel(
         )
         overflow = tl.max(tl.where(total < float("inf"), 0, 1), 0) > 0  # NaN is not below it
         follow = overflow | (not fits)
-        if not NCE:  # noqa: SIM102 (known to the compiler, as the next is not)
-            if tl.max(tl.where(total == 0, 1, 0), 0) > 0:
-                follow = follow | _vanished(
-                    total,
-                    label,
-                    excluded,
-                    scale_ptr,
-                    bank_labels_ptr,
-                    valid_ptr,
-                    first,
-                    end,
-                    K,
-                    HAS_LABELS,
-                    HAS_EXCLUDE,
-                    HAS_VALID,
-                    BLOCK_B,
-                )
+        if not NCE:
+            # Terms that vanish, or lost digits: not where nothing was allowed.
+            too_small = (total < SMALLEST_TOTAL) & ((not HAS_MASKS) | (total > 0))
+            follow = follow | (tl.max(too_small.to(tl.int32), 0) > 0)
     if not NCE:  # noqa: SIM102 (known to the compiler, as the next is not)
         if follow:
             shift, total, rows = _scan(

@@ -29,7 +29,7 @@ struct PassArguments {
   Scalar inv_temperature, log_partition;
   float log_noise, extra;  // NCE: log(c + eps), log(1 + eps / c)
   Plan plan;
-  bool only_bad;    // take up only items that have a query whose `total` is no positive number
+  bool only_bad;    // take up only items that have a query whose `total` overflowed or vanished
   bool reads_once;  // the bank: it need not stay in L2
 };
 
@@ -380,7 +380,7 @@ CODIR_FAST_DEVICE void consume(Shared<Config> shared, const PassArguments& a) {
   if (consumer.warpgroup() == 0) consumer.take_turn();
 }
 
-// Whether an item's sums, as the pass before left them, are no positive numbers in some query.
+// Whether an item's sums, as the pass before left them, overflowed or vanished in some query.
 template <typename Config>
 CODIR_FAST_DEVICE bool has_bad_sums(const PassArguments& a, const Item& item) {
   bool bad = false;
@@ -388,7 +388,7 @@ CODIR_FAST_DEVICE bool has_bad_sums(const PassArguments& a, const Item& item) {
     const int query = item.row_tile * a.plan.block_b + r;
     if (query >= a.plan.B) continue;
     const float total = a.total[std::int64_t{item.split} * a.plan.B + query];
-    bad |= !(total > 0 && total < -kMinusInfinity);
+    bad |= !(total >= kSmallestTotal && total < -kMinusInfinity);
   }
   return sync_block_or(bad);
 }
