@@ -20,7 +20,8 @@ CHOICES = {
 }
 # What --preset sets, for flags that are not given. The paper's form is that of the defaults; the
 # released code (github.com/intersun/CoDIR) reads the first token of every second layer, keeps a
-# bank of either side, draws 100 rows and weighs CE and KD alike.
+# bank of either side, draws 100 rows and weighs CE and KD alike. Fidelity leaves heads and features
+# nothing to satisfy the contrast with, so that the student's layers must come near the teacher's.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "layer_mapping": "uniform",
@@ -43,6 +44,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bank_init": "random",
         "ce_weight": 0.5,
         "kd_weight": 0.5,
+    },
+    "fidelity": {
+        "negatives": "all",
+        "temperature": 0.2,
+        "codir_weight": 1.0,
+        "standardize_features": True,
+        "head_init": "equal",
+        "train_heads": False,
     },
 }
 
@@ -112,6 +121,13 @@ class DistillationConfig:
     both_sides: bool = field(
         default=False,
         metadata={"help": "The teacher's embedding looks for the student's among a bank too."},
+    )
+    standardize_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Pooled features minus their mean, over their deviation, per dimension: the "
+            "teacher's over the training examples (a student of another width by its own)."
+        },
     )
     head_init: str = field(
         default="apart",

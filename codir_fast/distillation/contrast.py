@@ -2,7 +2,7 @@
 of embeddings that hold the negatives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,64 @@ from codir_fast.projection import ProjectionHead
 from codir_fast.sampling import sample_negatives
 
 
+class Standardization(nn.Module):
+    """(x - mean) / deviation of each of `size` features; the identity unless the run standardises.
+    Buffers, NaN until they are set.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, size: int, config: DistillationConfig) -> None:
+        super().__init__()
+        self.is_used = config.standardize_features
+        self._is_set = not self.is_used
+        if self.is_used:
+            self.register_buffer("mean", torch.full((size,), torch.nan))
+            self.register_buffer("deviation", torch.full((size,), torch.nan))
+
+    @property
+    def is_missing(self) -> bool:
+        if not self._is_set:  # asked until it is: a GPU is waited for
+            self._is_set = not bool(self.mean.isnan().any())
+        return not self._is_set
+
+    def set(self, mean: Tensor, deviation: Tensor) -> None:
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return (rows - self.mean) / self.deviation if self.is_used else rows
+
+
+class _Moments:
+    """Mean and deviation of rows that come in batches, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        rows = rows.detach().to(torch.float64)
+        self.count += rows.shape[0]
+        self.total = self.total.to(rows.device) + rows.sum(0)
+        self.squares = self.squares.to(rows.device) + rows.square().sum(0)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """A deviation of 0 becomes 1: such a feature is 0 once its mean is off."""
+        mean = self.total / self.count
+        variance = (self.squares / self.count - mean * mean).clamp_min(0)
+        small = variance <= 1e-12 * (mean * mean + 1e-12)
+        return mean, variance.sqrt().masked_fill(small, 1)
+
+
 class LayerContrast(nn.Module):
     """CoDIR: a student's embedding z_S must recognise the teacher's z_T of the same text.
 
-    z = head(pooled hidden states of the mapped layers, side by side), of unit length. The negatives
-    are rows of a bank with one row per training example, z_T as it last was. With `both_sides`
-    z_T looks for z_S among a bank of those besides, and the term is the mean of the two.
+    z = head(pooled hidden states of the mapped layers, side by side), of unit length; the run may
+    standardise what the head sees. The negatives are rows of a bank with one row per training
+    example, z_T as it last was. With `both_sides` z_T looks for z_S among a bank of those besides,
+    and the term is the mean of the two.
 
     Args:
         config: how the term is made up.
@@ -53,6 +105,8 @@ class LayerContrast(nn.Module):
             self.student_projection.load_state_dict(self.teacher_projection.state_dict())
         for head in (self.student_projection, self.teacher_projection):
             head.requires_grad_(config.train_heads)
+        self.student_features = Standardization(width * widths[0], config)
+        self.teacher_features = Standardization(width * widths[1], config)
         self.bank = self._new_bank(labels)
         self.student_bank = self._new_bank(labels) if config.both_sides else None
         self.loss = self._new_loss(len(labels))
@@ -76,6 +130,27 @@ class LayerContrast(nn.Module):
             num_data=num_data if self.config.objective == "nce" else None,
         )
 
+    def pool(
+        self, student_states: Sequence[Tensor], teacher_states: Sequence[Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Features of both sides, (B, L*H): pooled mapped layers, side by side."""
+        mode = self.config.pooling
+        return (
+            pool_hidden_states(student_states, mask, mode=mode, layers=self.student_layers),
+            pool_hidden_states(teacher_states, mask, mode=mode, layers=self.teacher_layers),
+        )
+
+    def fit_features(self, features: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Takes mean and deviation from batches of both sides' features, as `pool` gives them."""
+        sides = self.student_features, self.teacher_features
+        moments = [_Moments(), _Moments()]
+        for batch in features:
+            for seen, rows in zip(moments, batch, strict=True):
+                seen.add(rows)
+        same_width = sides[0].mean.shape == sides[1].mean.shape
+        sides[0].set(*moments[1 if same_width else 0].result())
+        sides[1].set(*moments[1].result())
+
     def forward(
         self,
         student_states: Sequence[Tensor],
@@ -91,13 +166,9 @@ class LayerContrast(nn.Module):
                 output first.
             mask, labels, index: (B, T), (B,), (B,), as DistillationModel takes them.
         """
-        pooling = self.config.pooling
-        z_student = self.student_projection(
-            pool_hidden_states(student_states, mask, mode=pooling, layers=self.student_layers)
-        )
-        z_teacher = self.teacher_projection(
-            pool_hidden_states(teacher_states, mask, mode=pooling, layers=self.teacher_layers)
-        )
+        student, teacher = self.pool(student_states, teacher_states, mask)
+        z_student = self.student_projection(self.student_features(student))
+        z_teacher = self.teacher_projection(self.teacher_features(teacher))
         self._waiting.append((index, z_student.detach(), z_teacher.detach()))
         if not len(self.bank):  # nothing to tell apart from yet
             return 0.0 * z_student.sum()

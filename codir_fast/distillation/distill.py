@@ -45,8 +45,8 @@ class DistillArguments:
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "Start from the settings of the paper, or official (the released code's); "
-            "flags that are given come before it."
+            "help": "Start from a set of settings: paper, official (the released code's), or "
+            "fidelity; flags that are given come first."
         },
     )
 

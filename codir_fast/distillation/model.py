@@ -1,6 +1,6 @@
 """Student, heads and bank as one trainable module beside a frozen teacher."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from codir_fast.distillation.layer_mapping import layer_pairs
 from codir_fast.pooling import pool_hidden_states
 
 STUDENT_PREFIX = "student."
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class DistillationModel(nn.Module):
@@ -138,6 +139,8 @@ class DistillationModel(nn.Module):
         if config.codir_weight > 0:
             if index is None:
                 raise ValueError("`index` must be given in training where codir_weight > 0")
+            if self.needs_features:
+                raise ValueError("`standardize_features` needs fit_features before training")
             terms["codir"] = self.contrast(student, teacher, mask, labels, index)
         if config.pkd_weight > 0:
             terms["pkd"] = pkd_loss(
@@ -146,6 +149,32 @@ class DistillationModel(nn.Module):
                 len(self.student_layers),
             )
         return terms
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether `fit_features` must be called before training."""
+        has_contrast = self.distillation_config.codir_weight > 0
+        return has_contrast and self.contrast.teacher_features.is_missing
+
+    @torch.no_grad()
+    def fit_features(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Takes the mean and deviation of the mapped layers' pooled features from batches of the
+        training examples, each with what `forward` takes.
+        """
+
+        def features() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in batches:
+                inputs = {name: batch[name] for name in INPUTS if name in batch}
+                student, teacher = (
+                    side(**inputs, output_hidden_states=True).hidden_states
+                    for side in (self.student, self.teacher)
+                )
+                yield self.contrast.pool(student, teacher, batch["attention_mask"])
+
+        was_training = self.student.training
+        self.student.eval()
+        self.contrast.fit_features(features())
+        self.student.train(was_training)
 
     def update_bank(self) -> None:
         """Moves the bank's rows to the embeddings of all examples seen since the last call.

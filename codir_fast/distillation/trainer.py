@@ -10,7 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from codir_fast.distillation.config import DistillationConfig
 from codir_fast.distillation.model import DistillationModel
@@ -44,6 +46,17 @@ class DistillationTrainer(ResumableTrainer):
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
         self._count = 0
         self.add_callback(_BankUpdate())
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        model = self._distilled()
+        if model.needs_features and not resume_from_checkpoint:  # else they come from there
+            batches = self.get_eval_dataloader(self.train_dataset)
+            model.to(self.args.device)
+            prepared = (self._prepare_inputs(batch) for batch in batches)
+            model.fit_features(tqdm(prepared, "Standardize", len(batches), leave=False))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self,

@@ -84,7 +84,10 @@ ERRORS = {
     "negative weight": ({"--kd_weight": "-1"}, "`kd_weight` must be 0 or more"),
     "temperature 0": ({"--temperature": "0"}, "`temperature` must be positive"),
     "temperature nan": ({"--temperature": "nan"}, "`temperature` must be positive"),
-    "unknown preset": ({"--preset": "mine"}, "`preset` must be one of ('paper', 'official')"),
+    "unknown preset": (
+        {"--preset": "mine"},
+        "`preset` must be one of ('paper', 'official', 'fidelity')",
+    ),
     "unknown objective": ({"--objective": "margin"}, "`objective` must be one of"),
     "unknown positive": ({"--positive": "none"}, "`positive` must be one of"),
     "unknown negatives": ({"--negatives": "own"}, "`negatives` must be one of"),

@@ -10,6 +10,7 @@ from transformers import BertForSequenceClassification
 
 from codir_fast import DistillationConfig, DistillationModel, reference
 from codir_fast.distillation.config import PRESETS
+from codir_fast.distillation.contrast import Standardization, _Moments
 from codir_fast.distillation.student import student_from_teacher
 
 EXAMPLES, BATCH, TOKENS = 12, 6, 8
@@ -380,6 +381,8 @@ def test_what_needs_a_student_as_wide_as_the_teacher(config):
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_train(name):
     model = make(**PRESETS[name]).train()
+    if model.needs_features:
+        model.fit_features([make_batch(0), make_batch(BATCH)])
     for first in (0, BATCH):
         outputs = model(**make_batch(first))
         outputs["loss"].backward()
@@ -389,3 +392,55 @@ def test_presets_train(name):
 
 def test_the_preset_of_the_paper_is_the_default():
     assert DistillationConfig(**PRESETS["paper"]) == DistillationConfig()
+
+
+@pytest.mark.parametrize("student_width", [16, 32])
+def test_features_are_standardised_by_the_teacher_or_by_themselves(student_width):
+    teacher = BertForSequenceClassification(tiny_config())
+    student = BertForSequenceClassification(
+        tiny_config(hidden_size=student_width, num_hidden_layers=2)
+    )
+    config = DistillationConfig(standardize_features=True)
+    model = DistillationModel(student, teacher, config, torch.arange(EXAMPLES) % 2).train()
+    assert model.needs_features
+    with pytest.raises(ValueError, match="needs fit_features before training"):
+        model(**make_batch())
+    batches = [make_batch(0), make_batch(BATCH)]
+    model.fit_features(batches)
+    assert model.student.training and not model.needs_features
+
+    seen = {"student": [], "teacher": []}
+    with torch.no_grad():
+        for batch in batches:
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            states = [
+                side(**inputs, output_hidden_states=True).hidden_states
+                for side in (student.eval(), teacher)
+            ]
+            for name, rows in zip(
+                seen, model.contrast.pool(*states, batch["attention_mask"]), strict=True
+            ):
+                seen[name].append(rows)
+    contrast = model.contrast
+    for name, part in (
+        ("teacher", contrast.teacher_features),
+        ("teacher" if student_width == 16 else "student", contrast.student_features),
+    ):
+        rows = torch.cat(seen[name])
+        torch.testing.assert_close(part.mean, rows.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(part.deviation, rows.std(0, correction=0), rtol=1e-3, atol=1e-5)
+    rows = contrast.teacher_features(torch.cat(seen["teacher"]))
+    torch.testing.assert_close(rows.mean(0), torch.zeros(rows.shape[1]), rtol=0, atol=1e-4)
+    assert {"contrast.teacher_features.mean"} <= set(model.distillation_state())
+    assert model.train()(**make_batch())["loss"].isfinite()
+
+
+def test_a_feature_that_never_moves_becomes_0():
+    config = DistillationConfig(standardize_features=True)
+    part, moments = Standardization(2, config), _Moments()
+    rows = torch.stack([torch.full((5,), 7.3), torch.arange(5.0)], dim=1)
+    moments.add(rows)
+    part.set(*moments.result())
+    found = part(rows)
+    assert found[:, 0].abs().max() < 1e-5
+    torch.testing.assert_close(found[:, 1].std(correction=0), torch.tensor(1.0))

@@ -19,6 +19,7 @@ from transformers import (
 
 from codir_fast import DistillationConfig, DistillationModel, DistillationTrainer
 from codir_fast.distillation.arguments import DataArguments
+from codir_fast.distillation.config import PRESETS
 from codir_fast.distillation.data import known_labels, label_ids, load_examples, tokenize
 from codir_fast.distillation.student import student_from_teacher
 from codir_fast.distillation.trainer import STATE_FILE, load_checkpoint
@@ -76,9 +77,13 @@ def test_two_runs_with_one_seed_are_bit_equal(folder, tmp_path):
     assert runs[0].model.contrast.bank.valid.all()  # 6 steps of 8 are the 48 examples
 
 
-@pytest.mark.parametrize("codir_weight", [0.1, 0.0])
-def test_resumed_run_is_bit_equal_to_the_unbroken_one(folder, tmp_path, codir_weight):
-    config = DistillationConfig(projection_dim=8, codir_weight=codir_weight)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"codir_weight": 0.0, "pkd_weight": 1.0}, PRESETS["official"], PRESETS["fidelity"]],
+    ids=["paper", "pkd", "official", "fidelity"],
+)
+def test_resumed_run_is_bit_equal_to_the_unbroken_one(folder, tmp_path, settings):
+    config = DistillationConfig(projection_dim=8, **settings)
     unbroken = make_trainer(folder, tmp_path / "unbroken", config=config, max_steps=10)
     unbroken.train()
     saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10, "config": config}
