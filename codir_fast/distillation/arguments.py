@@ -35,6 +35,9 @@ class TextArguments:
     """How texts and labels are read."""
 
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
+    text_pair_column: str | None = field(
+        default=None, metadata={"help": "Column of second texts, for pairs: question and passage."}
+    )
     label_column: str = field(
         default="label", metadata={"help": "Column of the labels, integers or strings."}
     )
@@ -45,8 +48,13 @@ class TextArguments:
     def __post_init__(self) -> None:
         if self.max_seq_length < 1:
             raise ValueError(f"`max_seq_length` must be at least 1, got {self.max_seq_length}")
-        if self.text_column == self.label_column:
-            raise ValueError(f"`label_column` must not be the `text_column`, {self.text_column!r}")
+        for name in ("text_column", "text_pair_column"):
+            if getattr(self, name) == self.label_column:
+                raise ValueError(f"`label_column` must not be the `{name}`, {self.label_column!r}")
+        if self.text_pair_column == self.text_column:
+            raise ValueError(
+                f"`text_pair_column` must not be the `text_column`, {self.text_column!r}"
+            )
 
 
 @dataclass

@@ -95,22 +95,29 @@ def _from_hub(name: str) -> tuple[Dataset, Dataset | None]:
 
 
 def select_columns(examples: Dataset, name: str, data: TextArguments) -> Dataset:
-    """The two columns under the names text and label; refuses what is missing or empty."""
-    for flag in ("text_column", "label_column"):
-        column = getattr(data, flag)
+    """The columns under the names text, pair (where there is one) and label; refuses what is
+    missing or empty.
+    """
+    flags = {"text_column": "text", "text_pair_column": "pair", "label_column": "label"}
+    columns = {flag: getattr(data, flag) for flag in flags if getattr(data, flag) is not None}
+    for flag, column in columns.items():
         if column not in examples.column_names:
             raise UsageError(
                 f"`{name}` has no column {column!r} (`{flag}`), its columns are "
                 f"{examples.column_names}"
             )
-    examples = examples.select_columns([data.text_column, data.label_column])
-    renamed = {data.text_column: "text", data.label_column: "label"}
-    examples = examples.rename_columns({k: v for k, v in renamed.items() if k != v})
+    examples = examples.select_columns(list(columns.values()))
+    renamed = {column: flags[flag] for flag, column in columns.items() if column != flags[flag]}
+    # In two steps: one column may have the name that another takes.
+    examples = examples.rename_columns({column: f"given {column}" for column in renamed})
+    examples = examples.rename_columns({f"given {old}": new for old, new in renamed.items()})
     if len(examples) == 0:
         raise UsageError(f"`{name}` holds no example")
-    for row, (text, label) in enumerate(zip(examples["text"], examples["label"], strict=True)):
-        if not isinstance(text, str):
-            raise UsageError(f"`{name}` must hold texts, row {row} has {text!r}")
+    for column in set(examples.column_names) - {"label"}:
+        for row, text in enumerate(examples[column]):
+            if not isinstance(text, str):
+                raise UsageError(f"`{name}` must hold texts, row {row} has {text!r}")
+    for row, label in enumerate(examples["label"]):
         if not isinstance(label, (str, int)):
             raise UsageError(
                 f"`{name}` must hold integer or string labels (regression is not built yet), "
@@ -161,11 +168,14 @@ def tokenize(
     max_length: int,
     model_max_length: int,
 ) -> Dataset:
-    """Columns of the tokenizer, labels, and index: the number of the example."""
+    """Columns of the tokenizer, labels, and index: the number of the example. Of pairs the longer
+    text is cut first.
+    """
     longest = min(max_length, model_max_length, tokenizer.model_max_length)
 
     def encode(batch: dict[str, list[str]]) -> Any:
-        return tokenizer(batch["text"], truncation=True, max_length=longest)
+        return tokenizer(batch["text"], batch.get("pair"), truncation=True, max_length=longest)
 
-    tokens = examples.map(encode, batched=True, remove_columns=["text", "label"], desc="Tokenize")
+    given = examples.column_names
+    tokens = examples.map(encode, batched=True, remove_columns=given, desc="Tokenize")
     return tokens.add_column("labels", labels).add_column("index", list(range(len(labels))))

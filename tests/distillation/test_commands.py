@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
-from tiny import tiny_config, write_examples
+from tiny import make_tokenizer, tiny_config, write_examples
 from transformers import BertForSequenceClassification, BertModel, TrainingArguments
 
 from codir_fast.cli import main
+from codir_fast.distillation.arguments import TextArguments
 from codir_fast.distillation.config import PRESETS
+from codir_fast.distillation.data import read_file, select_columns, tokenize
 
 FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
 
@@ -105,6 +107,16 @@ ERRORS = {
     "bad model file": ({"--teacher": "FOLDER/garbled"}, "`teacher` can't be loaded from"),
     "no tokenizer": ({"--teacher": "FOLDER/mute"}, "`teacher` must have a tokenizer"),
     "garbled csv": ({"--train_file": "FOLDER/ragged.csv"}, "`train_file` can't be read as csv"),
+    "no such pair": ({"--text_pair_column": "b"}, "has no column 'b' (`text_pair_column`)"),
+    "a text with itself": ({"--text_pair_column": "text"}, "`text_pair_column` must not be the"),
+    "a text with its label": (
+        {"--text_pair_column": "label"},
+        "`label_column` must not be the `text_pair_column`",
+    ),
+    "pair of numbers": (
+        {"--train_file": "FOLDER/pairs.csv", "--text_pair_column": "number"},
+        "`train_file` must hold texts, row 0 has 1",
+    ),
     "one column": ({"--text_column": "label"}, "`label_column` must not be the `text_column`"),
     "nothing left": ({"--validation_split": "0.999"}, "`validation_split` 0.999 of 48 examples"),
     "output below a file": ({"--output_dir": "FOLDER/train.csv/x"}, "is no folder to write in"),
@@ -154,6 +166,7 @@ def broken(folder, tmp_path_factory):
     (path / "strange.csv").write_text("text,label\nw1,positive\nw2,neutral\n")
     (path / "hole.csv").write_text("text,label\n,positive\nw2,negative\n")
     (path / "numbers.csv").write_text("text,label\nw1,0.5\nw2,1.5\n")
+    (path / "pairs.csv").write_text("text,number,label\nw1,1,positive\nw2,2,negative\n")
     (path / "none.csv").write_text("text,label\n")
     return path
 
@@ -194,6 +207,52 @@ def test_flags_of_training_arguments_work(flags, folder, tmp_path):
     assert main(["distill", *arguments, *files(folder), *FAST, *flags, *output]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert 0 <= metrics["eval_accuracy"] <= 1
+
+
+def write_pairs(path, count):
+    """The label says whether both texts have the same word."""
+    lines = [
+        json.dumps(
+            {
+                "text": f"w{n % 3}",
+                "pair": 0,
+                "question": f"w{n % 7} w9",
+                "same": ("no", "yes")[n % 3 == n % 7],
+            }
+        )
+        for n in range(count)
+    ]
+    path.write_text("\n".join(lines))
+
+
+def test_pairs_of_texts(folder, tmp_path, capsys):
+    """Columns may have each other's names; a text that is cut leaves the other whole."""
+    write_pairs(tmp_path / "pairs.jsonl", 42)
+    columns = ["--text_column", "question", "--text_pair_column", "text"]
+    columns += ["--label_column", "same", "--max_seq_length", "6"]
+    teacher, student = str(tmp_path / "teacher"), str(tmp_path / "student")
+    data = ["--train_file", str(tmp_path / "pairs.jsonl"), *columns]
+    command = ["finetune", "--model_name_or_path", str(folder / "teacher")]
+    assert main([*command, *data, *FAST, "--output_dir", teacher]) == 0
+    command = ["distill", "--teacher", teacher, "--student_layers", "2"]
+    assert main([*command, *data, *FAST, "--output_dir", student]) == 0
+    capsys.readouterr()
+    command = ["evaluate", "--model_name_or_path", student]
+    assert main([*command, "--test_file", str(tmp_path / "pairs.jsonl"), *columns]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 42
+
+
+def test_tokens_of_pairs(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 3)
+    data = TextArguments(text_column="question", text_pair_column="text", label_column="same")
+    examples = read_file("train_file", str(tmp_path / "pairs.jsonl"))
+    examples = select_columns(examples, "train_file", data)
+    assert examples[2] == {"text": "w2 w9", "pair": "w2", "label": "yes"}
+    tokens = tokenize(examples, make_tokenizer(), [0, 1, 0], 32, 32)
+    # [CLS] 2, [SEP] 3, words from 4 on
+    assert tokens[2]["input_ids"] == [2, 6, 13, 3, 6, 3]
+    assert tokens[2]["token_type_ids"] == [0, 0, 0, 0, 1, 1]
+    assert set(tokens.column_names) >= {"labels", "index"} and "pair" not in tokens.column_names
 
 
 @pytest.mark.parametrize("preset", [["--preset", "official"], ["--preset=official"]], ids=str)
