@@ -105,9 +105,9 @@ const char* count_multiprocessors(int device, int* count) {
 
 const char* why_not_bank_contrast_sm90(const BankContrastSm90& in) {
   if (in.dtype != DType::kBFloat16 && in.dtype != DType::kFloat16)
-    return "it takes bfloat16 and float16";
-  if (in.D < 1 || in.D > sm90::kMaxDim) return "D must be at most 256";
-  if (in.B >= std::int64_t{1} << 31) return "there must be fewer than 2^31 queries";
+    return "`query` must be bfloat16 or float16";
+  if (in.D < 1 || in.D > sm90::kMaxDim) return "D must be in [1, 256]";
+  if (in.B > sm90::kMaxRows) return "`query` must have at most 2^31 - 256 rows";
   return sm90::why_not_mapped(sm90::matrix_map(in.bank, in.K, in.D, 1));
 }
 

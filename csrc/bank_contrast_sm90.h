@@ -22,7 +22,7 @@ struct BankContrastSm90 {
   const std::int64_t* bank_labels;
   const std::int64_t* exclude_index;
   const bool* valid;
-  std::int64_t B, K, D;  // below 2^31; D a multiple of 8, up to 256
+  std::int64_t B, K, D;  // up to 2^31 - 256; D a multiple of 8, up to 256
   DType dtype;           // kBFloat16 or kFloat16
   sm90::Scalar inv_temperature;
   Objective objective;

@@ -168,12 +168,15 @@ inline MatrixMap matrix_map(const void* data, std::int64_t rows, std::int64_t D,
   return {data, rows, D, D * 2, box_rows, kPanelColumns};
 }
 
-// Why the copy engine can't read such a matrix; null if it can.
+// Rows of a bank, or queries: numbers of rows in a tile past the end still fit 32 bits.
+constexpr std::int64_t kMaxRows = (std::int64_t{1} << 31) - 256;
+
+// Why the copy engine can't read a bank that lies so; null if it can.
 inline const char* why_not_mapped(const MatrixMap& map) {
-  if (map.row_bytes % 16 != 0) return "rows must be multiples of 16 bytes";
+  if (map.row_bytes % 16 != 0) return "D must be a multiple of 8";
   if (reinterpret_cast<std::uintptr_t>(map.data) % 16 != 0)
-    return "the matrix must begin at a multiple of 16 bytes";
-  if (map.rows >= std::int64_t{1} << 31) return "there must be fewer than 2^31 rows";
+    return "`bank` must begin at a multiple of 16 bytes";
+  if (map.rows > kMaxRows) return "`bank` must have at most 2^31 - 256 rows";
   return nullptr;
 }
 

@@ -87,8 +87,12 @@ void test_plans() {
     CHECK(double(shape[1]) * plan.row_tiles / rows > 0.94);
   }
   // No more rows than coordinates of the copy engine: nothing wraps at the end.
-  const Plan largest = make_plan(1, INT32_MAX, 64, Weighing::kFixedShift, 132);
-  CHECK(item_at(largest, largest.num_items - 1).end_row == INT32_MAX);
+  for (const Weighing weighing : kWeighings) {
+    const Plan largest = make_plan(1, int{kMaxRows}, 64, weighing, 132);
+    const Item last = item_at(largest, largest.num_items - 1);
+    CHECK(last.end_row == kMaxRows);
+    CHECK(std::int64_t{tile_row(largest, last, 0)} + 2 * largest.block_k <= INT32_MAX);
+  }
 }
 
 void test_ring() {
@@ -103,7 +107,7 @@ void test_matrix_maps() {
   CHECK(why_not_mapped(matrix_map(memory, 5, 64, 128)) == nullptr);
   CHECK(why_not_mapped(matrix_map(memory, 5, 60, 128)) != nullptr);
   CHECK(why_not_mapped(matrix_map(memory + 2, 5, 64, 128)) != nullptr);
-  CHECK(why_not_mapped(matrix_map(memory, std::int64_t{1} << 31, 64, 128)) != nullptr);
+  CHECK(why_not_mapped(matrix_map(memory, kMaxRows + 1, 64, 128)) != nullptr);
   const MatrixMap map = matrix_map(memory, 5, 64, 80);
   CHECK(map.row_bytes == 128 && map.box_rows == 80 && map.box_columns == 64);
 }

@@ -102,5 +102,5 @@ def test_a_bank_that_the_copy_engine_cannot_read(device):
     case = make_case(device, 70, 1500, 64)
     wide = torch.zeros(1500 * 64 + 1, dtype=case.bank.dtype, device=device)
     case.bank = wide[1:].view(1500, 64)
-    with pytest.raises(RuntimeError, match="begin at a multiple of 16 bytes"):
+    with pytest.raises(RuntimeError, match="`bank` must begin at a multiple of 16 bytes"):
         results(case, torch.ones(70, device=device), "cuda", QUERY_ONLY)
