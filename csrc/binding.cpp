@@ -71,75 +71,38 @@ RealTokenLists real_tokens(const OptionalTensor& attention_mask, std::int64_t B,
 std::tuple<Tensor, Tensor> masked_pool(const std::vector<Tensor>& hidden_states,
                                        const OptionalTensor& attention_mask,
                                        const std::string& mode_name) {
-  STD_TORCH_CHECK(!hidden_states.empty(), "`hidden_states` must hold at least one tensor");
   const PoolMode mode = pool_mode(mode_name);
-  const Tensor& first = hidden_states[0];
-  STD_TORCH_CHECK(first.dim() == 3, "`hidden_states` must hold tensors of shape (B, T, H)");
-  const DType dtype = dtype_of(first, "hidden_states");
-  const std::int64_t L = static_cast<std::int64_t>(hidden_states.size());
-  const std::int64_t B = first.size(0), num_tokens = first.size(1), H = first.size(2);
-
-  std::vector<Tensor> owners;  // keeps copies made here alive
-  std::vector<HiddenState> layers;
-  for (const Tensor& layer : hidden_states) {
-    check_size(layer, "hidden_states", {B, num_tokens, H});
-    STD_TORCH_CHECK(layer.scalar_type() == first.scalar_type(),
-                    "`hidden_states` must share one dtype");
-    owners.push_back(layer.stride(2) == 1 ? layer : dense(layer));
-    layers.push_back(
-        {owners.back().const_data_ptr(), owners.back().stride(0), owners.back().stride(1)});
-  }
-
-  const RealTokenLists real = real_tokens(attention_mask, B, num_tokens);
-  Tensor pooled = new_tensor(first, {B, L * H});
-  const std::int32_t int64 = aoti_torch_dtype_int64();
-  Tensor argmax =
-      mode == PoolMode::kMax ? new_tensor(int64, {B, L * H}) : new_tensor(int64, {std::int64_t{0}});
+  const LayersArgument layers = layers_argument(hidden_states);
+  const RealTokenLists real = real_tokens(attention_mask, layers.B, layers.num_tokens);
+  auto [pooled, argmax] = new_pooled(layers, mode);
   check_status(masked_pool_cpu(pooled.mutable_data_ptr(), argmax.mutable_data_ptr<std::int64_t>(),
-                               layers.data(), real.view(), L, B, H, dtype, mode, torch_executor()),
+                               layers.views.data(), real.view(), layers.L, layers.B, layers.H,
+                               layers.dtype, mode, torch_executor()),
                "masked_pool");
   return {pooled, argmax};
 }
 
-std::vector<Tensor> masked_pool_backward(const Tensor& grad_view,
-                                         const OptionalTensor& attention_mask,
-                                         const Tensor& argmax_view, std::int64_t num_layers,
+std::vector<Tensor> masked_pool_backward(const Tensor& grad, const OptionalTensor& attention_mask,
+                                         const Tensor& argmax, std::int64_t num_layers,
                                          std::int64_t num_tokens, const std::string& mode_name) {
   const PoolMode mode = pool_mode(mode_name);
-  const DType dtype = dtype_of(grad_view, "grad");
-  STD_TORCH_CHECK(num_layers > 0 && num_tokens >= 0,
-                  "`num_layers` must be positive, `num_tokens` not negative");
-  STD_TORCH_CHECK(grad_view.dim() == 2 && grad_view.size(1) % num_layers == 0,
-                  "`grad` must have shape (B, num_layers * H)");
-  const std::int64_t B = grad_view.size(0), H = grad_view.size(1) / num_layers;
-  check_size(grad_view, "grad", {B, num_layers * H});
-  const Tensor grad = dense(grad_view);
-  Tensor argmax = argmax_view;
+  const PooledGradArgument given =
+      pooled_grad_argument(grad, argmax, num_layers, num_tokens, mode, {});
+  const std::int64_t* token = nullptr;
   if (mode == PoolMode::kMax) {
-    check_size(argmax, "argmax", {B, num_layers * H});
-    check_dtype(argmax, "argmax", ScalarType::Long, "int64");
-    argmax = dense(argmax);
-    const std::int64_t* token = argmax.const_data_ptr<std::int64_t>();
-    for (std::int64_t n = 0; n < argmax.numel(); ++n) {
+    token = given.argmax.const_data_ptr<std::int64_t>();
+    for (std::int64_t n = 0; n < given.argmax.numel(); ++n) {
       STD_TORCH_CHECK(token[n] >= -1 && token[n] < num_tokens,
                       "`argmax` must be in [-1, num_tokens)");
     }
   }
-  const RealTokenLists real = real_tokens(attention_mask, B, num_tokens);
-  // A tensor for each layer: allocators are slow at very large ones, which they hand back to the
-  // system each time.
-  std::vector<Tensor> dhidden;
-  std::vector<void*> data;
-  for (std::int64_t l = 0; l < num_layers; ++l) {
-    dhidden.push_back(new_tensor(grad, {B, num_tokens, H}));
-    data.push_back(dhidden.back().mutable_data_ptr());
-  }
-  check_status(masked_pool_backward_cpu(
-                   data.data(), grad.const_data_ptr(),
-                   mode == PoolMode::kMax ? argmax.const_data_ptr<std::int64_t>() : nullptr,
-                   real.view(), num_layers, B, num_tokens, H, dtype, mode, torch_executor()),
+  const RealTokenLists real = real_tokens(attention_mask, given.B, num_tokens);
+  NewLayers dhidden(given.grad, num_layers, given.B, num_tokens, given.H);
+  check_status(masked_pool_backward_cpu(dhidden.data.data(), given.grad.const_data_ptr(), token,
+                                        real.view(), num_layers, given.B, num_tokens, given.H,
+                                        given.dtype, mode, torch_executor()),
                "masked_pool_backward");
-  return dhidden;
+  return dhidden.tensors;
 }
 
 // Query or positive rows as a kernel takes them: dense, in the dtype of its arithmetic, of unit

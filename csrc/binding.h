@@ -13,6 +13,8 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "common.h"
 #include "masked_pool.h"
@@ -125,6 +127,87 @@ template <typename Element>
 const Element* data_or_null(const OptionalTensor& tensor) {
   return tensor ? static_cast<const Element*>(tensor->const_data_ptr()) : nullptr;
 }
+
+// Hidden states as the kernels of masked_pool take them; `owners` keeps copies made here alive.
+struct LayersArgument {
+  std::vector<Tensor> owners;
+  std::vector<HiddenState> views;
+  std::int64_t L, B, num_tokens, H;
+  DType dtype;
+  Place place;
+};
+
+inline LayersArgument layers_argument(const std::vector<Tensor>& hidden_states) {
+  STD_TORCH_CHECK(!hidden_states.empty(), "`hidden_states` must hold at least one tensor");
+  const Tensor& first = hidden_states[0];
+  STD_TORCH_CHECK(first.dim() == 3, "`hidden_states` must hold tensors of shape (B, T, H)");
+  LayersArgument layers{{},
+                        {},
+                        static_cast<std::int64_t>(hidden_states.size()),
+                        first.size(0),
+                        first.size(1),
+                        first.size(2),
+                        dtype_of(first, "hidden_states"),
+                        place_of(first)};
+  for (const Tensor& layer : hidden_states) {
+    check_size(layer, "hidden_states", {layers.B, layers.num_tokens, layers.H}, layers.place);
+    STD_TORCH_CHECK(layer.scalar_type() == first.scalar_type(),
+                    "`hidden_states` must share one dtype");
+    const Tensor& owner = layers.owners.emplace_back(layer.stride(2) == 1 ? layer : dense(layer));
+    layers.views.push_back({owner.const_data_ptr(), owner.stride(0), owner.stride(1)});
+  }
+  return layers;
+}
+
+// pooled (B, L*H) and argmax, (B, L*H) or (0,), of masked_pool; uninitialised.
+inline std::tuple<Tensor, Tensor> new_pooled(const LayersArgument& layers, PoolMode mode) {
+  const std::int64_t width = layers.L * layers.H;
+  const std::int32_t int64 = aoti_torch_dtype_int64();
+  return {new_tensor(layers.owners[0], {layers.B, width}),
+          mode == PoolMode::kMax ? new_tensor(int64, {layers.B, width}, layers.place)
+                                 : new_tensor(int64, {std::int64_t{0}}, layers.place)};
+}
+
+// The gradient of `pooled`, dense, and argmax likewise where there is one; H is found from them.
+struct PooledGradArgument {
+  Tensor grad, argmax;
+  std::int64_t B, H;
+  DType dtype;
+  Place place;
+};
+
+inline PooledGradArgument pooled_grad_argument(const Tensor& grad, const Tensor& argmax,
+                                               std::int64_t num_layers, std::int64_t num_tokens,
+                                               PoolMode mode, const Place& place) {
+  STD_TORCH_CHECK(num_layers > 0 && num_tokens >= 0,
+                  "`num_layers` must be positive, `num_tokens` not negative");
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(1) % num_layers == 0,
+                  "`grad` must have shape (B, num_layers * H)");
+  const std::int64_t B = grad.size(0), H = grad.size(1) / num_layers;
+  check_size(grad, "grad", {B, num_layers * H}, place);
+  PooledGradArgument pooled{dense(grad), argmax, B, H, dtype_of(grad, "grad"), place};
+  if (mode == PoolMode::kMax) {
+    check_size(argmax, "argmax", {B, num_layers * H}, place);
+    check_dtype(argmax, "argmax", ScalarType::Long, "int64");
+    pooled.argmax = dense(argmax);
+  }
+  return pooled;
+}
+
+// A tensor (B, T, H) for each layer, to be written, and where they lie: allocators are slow at very
+// large ones, which they hand back to the system each time.
+struct NewLayers {
+  std::vector<Tensor> tensors;
+  std::vector<void*> data;
+
+  NewLayers(const Tensor& like, std::int64_t num_layers, std::int64_t B, std::int64_t num_tokens,
+            std::int64_t H) {
+    for (std::int64_t l = 0; l < num_layers; ++l) {
+      tensors.push_back(new_tensor(like, {B, num_tokens, H}));
+      data.push_back(tensors.back().mutable_data_ptr());
+    }
+  }
+};
 
 }  // namespace
 }  // namespace codir_fast

@@ -131,70 +131,36 @@ TokenMask token_mask(const OptionalTensor& mask, std::int64_t B, std::int64_t T,
 std::tuple<Tensor, Tensor> masked_pool(const std::vector<Tensor>& hidden_states,
                                        const OptionalTensor& attention_mask,
                                        const std::string& mode_name) {
-  STD_TORCH_CHECK(!hidden_states.empty(), "`hidden_states` must hold at least one tensor");
   const PoolMode mode = pool_mode(mode_name);
-  const Tensor& first = hidden_states[0];
-  STD_TORCH_CHECK(first.dim() == 3, "`hidden_states` must hold tensors of shape (B, T, H)");
-  const DType dtype = dtype_of(first, "hidden_states");
-  const Place place = place_of(first);
-  const std::int64_t L = static_cast<std::int64_t>(hidden_states.size());
-  const std::int64_t B = first.size(0), T = first.size(1), H = first.size(2);
-  std::vector<Tensor> owners;  // keeps copies made here alive
-  std::vector<HiddenState> layers;
-  for (const Tensor& layer : hidden_states) {
-    check_size(layer, "hidden_states", {B, T, H}, place);
-    STD_TORCH_CHECK(layer.scalar_type() == first.scalar_type(),
-                    "`hidden_states` must share one dtype");
-    owners.push_back(layer.stride(2) == 1 ? layer : dense(layer));
-    layers.push_back(
-        {owners.back().const_data_ptr(), owners.back().stride(0), owners.back().stride(1)});
-  }
-  const TokenMask mask = token_mask(attention_mask, B, T, place);
-  const torch::stable::accelerator::DeviceGuard guard(place.index);
-  Tensor pooled = new_tensor(first, {B, L * H});
-  const std::int32_t int64 = aoti_torch_dtype_int64();
-  Tensor argmax = mode == PoolMode::kMax ? new_tensor(int64, {B, L * H}, place)
-                                         : new_tensor(int64, {std::int64_t{0}}, place);
-  check_launch(
-      masked_pool_cuda(pooled.mutable_data_ptr(), argmax.mutable_data_ptr<std::int64_t>(),
-                       layers.data(), mask, L, B, T, H, dtype, mode, current_stream(place.index)),
-      "masked_pool");
+  const LayersArgument layers = layers_argument(hidden_states);
+  const TokenMask mask = token_mask(attention_mask, layers.B, layers.num_tokens, layers.place);
+  const torch::stable::accelerator::DeviceGuard guard(layers.place.index);
+  auto [pooled, argmax] = new_pooled(layers, mode);
+  check_launch(masked_pool_cuda(pooled.mutable_data_ptr(), argmax.mutable_data_ptr<std::int64_t>(),
+                                layers.views.data(), mask, layers.L, layers.B, layers.num_tokens,
+                                layers.H, layers.dtype, mode, current_stream(layers.place.index)),
+               "masked_pool");
   return {pooled, argmax};
 }
 
-std::vector<Tensor> masked_pool_backward(const Tensor& grad_view,
-                                         const OptionalTensor& attention_mask,
-                                         const Tensor& argmax_view, std::int64_t num_layers,
+// A token of `argmax` that is none chooses none: nothing is looked at on the host.
+std::vector<Tensor> masked_pool_backward(const Tensor& grad, const OptionalTensor& attention_mask,
+                                         const Tensor& argmax, std::int64_t num_layers,
                                          std::int64_t num_tokens, const std::string& mode_name) {
   const PoolMode mode = pool_mode(mode_name);
-  const DType dtype = dtype_of(grad_view, "grad");
-  const Place place = place_of(grad_view);
-  STD_TORCH_CHECK(num_layers > 0 && num_tokens >= 0,
-                  "`num_layers` must be positive, `num_tokens` not negative");
-  STD_TORCH_CHECK(grad_view.dim() == 2 && grad_view.size(1) % num_layers == 0,
-                  "`grad` must have shape (B, num_layers * H)");
-  const std::int64_t B = grad_view.size(0), H = grad_view.size(1) / num_layers;
-  const Tensor grad = dense(grad_view);
-  Tensor argmax = argmax_view;
-  if (mode == PoolMode::kMax) {  // a token that is none chooses none
-    check_size(argmax, "argmax", {B, num_layers * H}, place);
-    check_dtype(argmax, "argmax", ScalarType::Long, "int64");
-    argmax = dense(argmax);
-  }
-  const TokenMask mask = token_mask(attention_mask, B, num_tokens, place);
+  const Place place = place_of(grad);
+  const PooledGradArgument given =
+      pooled_grad_argument(grad, argmax, num_layers, num_tokens, mode, place);
+  const TokenMask mask = token_mask(attention_mask, given.B, num_tokens, place);
   const torch::stable::accelerator::DeviceGuard guard(place.index);
-  std::vector<Tensor> dhidden;
-  std::vector<void*> data;
-  for (std::int64_t l = 0; l < num_layers; ++l) {
-    dhidden.push_back(new_tensor(grad, {B, num_tokens, H}));
-    data.push_back(dhidden.back().mutable_data_ptr());
-  }
-  check_launch(masked_pool_backward_cuda(
-                   data.data(), grad.const_data_ptr(),
-                   mode == PoolMode::kMax ? argmax.const_data_ptr<std::int64_t>() : nullptr, mask,
-                   num_layers, B, num_tokens, H, dtype, mode, current_stream(place.index)),
-               "masked_pool_backward");
-  return dhidden;
+  NewLayers dhidden(given.grad, num_layers, given.B, num_tokens, given.H);
+  check_launch(
+      masked_pool_backward_cuda(
+          dhidden.data.data(), given.grad.const_data_ptr(),
+          mode == PoolMode::kMax ? given.argmax.const_data_ptr<std::int64_t>() : nullptr, mask,
+          num_layers, given.B, num_tokens, given.H, given.dtype, mode, current_stream(place.index)),
+      "masked_pool_backward");
+  return dhidden.tensors;
 }
 
 }  // namespace
