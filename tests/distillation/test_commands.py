@@ -314,6 +314,38 @@ def test_encoder_without_classifier_is_no_teacher(folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluate_beside_a_teacher(folder, tmp_path, capsys):
+    torch.manual_seed(4)
+    student = BertForSequenceClassification(tiny_config(num_hidden_layers=2)).eval()
+    with torch.no_grad():  # sure of itself, so that the two differ
+        student.classifier.weight *= 100
+    student.save_pretrained(tmp_path / "student")
+    make_tokenizer().save_pretrained(tmp_path / "student")
+    test_file = str(folder / "validation.csv")
+    command = ["evaluate", "--test_file", test_file, "--device", "cpu", "--batch_size", "6"]
+    command += ["--model_name_or_path", str(tmp_path / "student")]
+    assert main([*command, "--teacher", str(folder / "teacher")]) == 0
+    result = json.loads(capsys.readouterr().out)
+
+    teacher = BertForSequenceClassification.from_pretrained(folder / "teacher").eval()
+    texts = read_file("test_file", test_file)["text"]
+    tokens = make_tokenizer()(list(texts), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        ours, theirs = (side(**tokens).logits.double().softmax(1) for side in (student, teacher))
+    agreement = (ours.argmax(1) == theirs.argmax(1)).double().mean()
+    assert result["agreement"] == pytest.approx(float(agreement))
+    kl = (theirs * (theirs / ours).log()).sum(1).mean()
+    assert result["kl"] == pytest.approx(float(kl), rel=1e-4)
+
+    assert main([*command, "--teacher", str(tmp_path / "student")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["agreement"] == 1 and abs(result["kl"]) < 1e-6
+    other = tiny_config(label2id={"no": 0, "yes": 1}, id2label={0: "no", 1: "yes"})
+    BertForSequenceClassification(other).save_pretrained(tmp_path / "other")
+    assert main([*command, "--teacher", str(tmp_path / "other")]) == 2
+    assert "`teacher` must have the model's labels" in capsys.readouterr().err
+
+
 def test_evaluate_refuses_a_missing_test_file(folder, capsys):
     model = str(folder / "teacher")
     assert main(["evaluate", "--model_name_or_path", model, "--test_file", "no.csv"]) == 2
