@@ -76,7 +76,7 @@ BANK_CONTRAST: dict[int, dict[Any, dict[int, dict[int, _Tiles]]]] = {
                 _ALL: (ContrastTile(128, 64, 8, 3), ContrastTile(128, 32, 8, 3)),
             },
             128: {
-                16: (ContrastTile(16, 64, 4, 3), ContrastTile(16, 32, 4, 3)),
+                16: (ContrastTile(16, 64, 4, 3), ContrastTile(16, 64, 8, 2)),
                 32: (ContrastTile(32, 64, 4, 3), ContrastTile(32, 32, 4, 3)),
                 64: (ContrastTile(64, 64, 8, 3), ContrastTile(64, 32, 4, 3)),
                 _ALL: (ContrastTile(128, 64, 8, 3), ContrastTile(64, 32, 4, 3)),
