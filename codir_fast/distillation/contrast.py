@@ -2,7 +2,7 @@
 of embeddings that hold the negatives.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from codir_fast.distillation.config import DistillationConfig
 from codir_fast.losses import ContrastiveLoss
 from codir_fast.memory_bank import IndexedBank
-from codir_fast.pooling import pool_hidden_states
 from codir_fast.projection import ProjectionHead
 from codir_fast.sampling import sample_negatives
 
@@ -77,8 +76,7 @@ class LayerContrast(nn.Module):
 
     Args:
         config: how the term is made up.
-        layers: student's and teacher's layer numbers, pairwise.
-        widths: hidden sizes of student and teacher.
+        widths: features of student and teacher, L*H each.
         labels: (num_examples,) integers, of the training examples.
 
     Source: Sun et al. 2020, Contrastive Distillation on Intermediate Representations, section 3.
@@ -87,26 +85,20 @@ class LayerContrast(nn.Module):
     def __init__(
         self,
         config: DistillationConfig,
-        layers: tuple[list[int], list[int]],
         widths: tuple[int, int],
         labels: Tensor,
     ) -> None:
         super().__init__()
-        self.config, (self.student_layers, self.teacher_layers) = config, layers
-        width, dim = len(self.student_layers), config.projection_dim
-        self.student_projection = ProjectionHead(width * widths[0], dim)
-        self.teacher_projection = ProjectionHead(width * widths[1], dim)
+        self.config = config
+        self.has_one_width = widths[0] == widths[1]  # so that one standardisation serves both sides
+        self.student_projection = ProjectionHead(widths[0], config.projection_dim)
+        self.teacher_projection = ProjectionHead(widths[1], config.projection_dim)
         if config.head_init == "equal":
-            if widths[0] != widths[1]:
-                raise ValueError(
-                    "`head_init` equal needs a student as wide as the teacher, got hidden sizes "
-                    f"{widths[0]} and {widths[1]}"
-                )
             self.student_projection.load_state_dict(self.teacher_projection.state_dict())
         for head in (self.student_projection, self.teacher_projection):
             head.requires_grad_(config.train_heads)
-        self.student_features = Standardization(width * widths[0], config)
-        self.teacher_features = Standardization(width * widths[1], config)
+        self.student_features = Standardization(widths[0], config)
+        self.teacher_features = Standardization(widths[1], config)
         self.bank = self._new_bank(labels)
         self.student_bank = self._new_bank(labels) if config.both_sides else None
         self.loss = self._new_loss(len(labels))
@@ -130,43 +122,25 @@ class LayerContrast(nn.Module):
             num_data=num_data if self.config.objective == "nce" else None,
         )
 
-    def pool(
-        self, student_states: Sequence[Tensor], teacher_states: Sequence[Tensor], mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Features of both sides, (B, L*H): pooled mapped layers, side by side."""
-        mode = self.config.pooling
-        return (
-            pool_hidden_states(student_states, mask, mode=mode, layers=self.student_layers),
-            pool_hidden_states(teacher_states, mask, mode=mode, layers=self.teacher_layers),
-        )
+    def fit_features(self, features: Iterable[tuple[Tensor | None, Tensor]]) -> None:
+        """Takes mean and deviation from batches of both sides' features, (B, L*H) each; of the
+        teacher's alone where it has the student's width.
+        """
+        student, teacher = _Moments(), _Moments()
+        for student_rows, teacher_rows in features:
+            teacher.add(teacher_rows)
+            if student_rows is not None:
+                student.add(student_rows)
+        self.student_features.set(*(teacher if self.has_one_width else student).result())
+        self.teacher_features.set(*teacher.result())
 
-    def fit_features(self, features: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Takes mean and deviation from batches of both sides' features, as `pool` gives them."""
-        sides = self.student_features, self.teacher_features
-        moments = [_Moments(), _Moments()]
-        for batch in features:
-            for seen, rows in zip(moments, batch, strict=True):
-                seen.add(rows)
-        same_width = sides[0].mean.shape == sides[1].mean.shape
-        sides[0].set(*moments[1 if same_width else 0].result())
-        sides[1].set(*moments[1].result())
-
-    def forward(
-        self,
-        student_states: Sequence[Tensor],
-        teacher_states: Sequence[Tensor],
-        mask: Tensor,
-        labels: Tensor,
-        index: Tensor,
-    ) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         """The term, a scalar; the embeddings wait for `update_banks`.
 
         Args:
-            student_states, teacher_states: hidden states (B, T, H) of all layers, the embeddings'
-                output first.
-            mask, labels, index: (B, T), (B,), (B,), as DistillationModel takes them.
+            student, teacher: features (B, L*H), pooled mapped layers side by side.
+            labels, index: (B,), (B,), as DistillationModel takes them.
         """
-        student, teacher = self.pool(student_states, teacher_states, mask)
         z_student = self.student_projection(self.student_features(student))
         z_teacher = self.teacher_projection(self.teacher_features(teacher))
         self._waiting.append((index, z_student.detach(), z_teacher.detach()))

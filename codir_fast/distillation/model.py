@@ -56,7 +56,7 @@ class DistillationModel(nn.Module):
         self.distillation_config = config
         self.student = student
         # In a tuple, so that it is no submodule: not trained, not saved, not wrapped by DDP.
-        self._teacher = (teacher.eval().requires_grad_(False),)
+        self._teacher: tuple[PreTrainedModel, ...] = (teacher.eval().requires_grad_(False),)
         if config.codir_weight > 0 or config.pkd_weight > 0:
             self._add_layers(bank_labels)
 
@@ -71,23 +71,37 @@ class DistillationModel(nn.Module):
         )
         self.student_layers, self.teacher_layers = (list(side) for side in zip(*pairs, strict=True))
         widths = student.hidden_size, teacher.hidden_size
-        if config.pkd_weight > 0 and widths[0] != widths[1]:
-            raise ValueError(
-                "`pkd_weight` > 0 needs a student as wide as the teacher, got hidden sizes "
-                f"{widths[0]} and {widths[1]}"
-            )
+        equal_heads = config.codir_weight > 0 and config.head_init == "equal"
+        for needs, name in (
+            (config.pkd_weight > 0, "pkd_weight` > 0"),
+            (equal_heads, "head_init` equal"),
+        ):
+            if needs and widths[0] != widths[1]:
+                raise ValueError(
+                    f"`{name} needs a student as wide as the teacher, got hidden sizes "
+                    f"{widths[0]} and {widths[1]}"
+                )
         if config.codir_weight > 0:
             if bank_labels is None:
                 raise ValueError("`bank_labels` must be given where codir_weight > 0")
-            layers = self.student_layers, self.teacher_layers
-            self.contrast = LayerContrast(config, layers, widths, bank_labels)
+            features = len(pairs) * widths[0], len(pairs) * widths[1]
+            self.contrast = LayerContrast(config, features, bank_labels)
 
     @property
     def teacher(self) -> PreTrainedModel:
+        if not self._teacher:
+            raise RuntimeError(
+                "the teacher was released; give `teacher_logits`, `teacher_features`"
+            )
         return self._teacher[0]
 
+    def release_teacher(self) -> None:
+        """Lets the teacher's memory go: its outputs must come with the batches from now on."""
+        self._teacher = ()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DistillationModel":
-        self.teacher._apply(fn)
+        for teacher in self._teacher:
+            teacher._apply(fn)
         return super()._apply(fn, recurse)
 
     def forward(
@@ -97,6 +111,8 @@ class DistillationModel(nn.Module):
         labels: Tensor,
         token_type_ids: Tensor | None = None,
         index: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        teacher_features: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Loss, logits and, in training, each term that has a weight: ce, kd, codir, pkd.
 
@@ -105,49 +121,65 @@ class DistillationModel(nn.Module):
             labels: (B,) int64.
             index: (B,) int64, number of each example in the training set; needed in training where
                 codir_weight > 0.
+            teacher_logits, teacher_features: (B, C) and (B, L*H), what `teacher_outputs` gave for
+                these texts before; the teacher is then not run.
         """
+        config = self.distillation_config
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
-        config = self.distillation_config
-        sees_layers = self.training and (config.codir_weight > 0 or config.pkd_weight > 0)
+        sees_layers = self.training and self.sees_layers
         student = self.student(**inputs, output_hidden_states=sees_layers)
         ce = F.cross_entropy(student.logits.float(), labels)
         if not self.training:
             return {"loss": ce, "logits": student.logits}
         terms = {"ce": ce}
-        if sees_layers or config.kd_weight > 0:
-            with torch.no_grad():
-                teacher = self.teacher(**inputs, output_hidden_states=sees_layers)
-            terms["kd"] = kd_loss(student.logits, teacher.logits, config.kd_temperature)
+        if teacher_logits is None and (sees_layers or config.kd_weight > 0):
+            teacher_logits, teacher_features = self.teacher_outputs(**inputs)
+        if teacher_logits is not None:
+            terms["kd"] = kd_loss(student.logits, teacher_logits, config.kd_temperature)
         if sees_layers:
-            states = student.hidden_states, teacher.hidden_states
-            terms |= self._layer_terms(*states, attention_mask, labels, index)
+            features = self._pool(student.hidden_states, attention_mask, self.student_layers)
+            terms |= self._layer_terms(features, teacher_features, labels, index)
         weights = {name: getattr(config, f"{name}_weight") for name in terms}
         loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(ce))
         return {"loss": loss, "logits": student.logits, **terms}
 
+    @property
+    def sees_layers(self) -> bool:
+        """Whether a term of the loss compares layers."""
+        return self.distillation_config.codir_weight > 0 or self.distillation_config.pkd_weight > 0
+
+    @torch.no_grad()
+    def teacher_outputs(self, **inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The teacher's logits (B, C) and, where a term compares layers, the pooled hidden states
+        of its mapped layers, side by side, (B, L*H); of inputs as `forward` takes them.
+        """
+        outputs = self.teacher(**inputs, output_hidden_states=self.sees_layers)
+        if not self.sees_layers:
+            return outputs.logits, None
+        mask = inputs["attention_mask"]
+        return outputs.logits, self._pool(outputs.hidden_states, mask, self.teacher_layers)
+
+    def _pool(self, states: Sequence[Tensor], mask: Tensor, layers: list[int]) -> Tensor:
+        return pool_hidden_states(
+            states, mask, mode=self.distillation_config.pooling, layers=layers
+        )
+
     def _layer_terms(
-        self,
-        student: Sequence[Tensor],
-        teacher: Sequence[Tensor],
-        mask: Tensor,
-        labels: Tensor,
-        index: Tensor | None,
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor, index: Tensor | None
     ) -> dict[str, Tensor]:
         config, terms = self.distillation_config, {}
+        if teacher is None:
+            raise ValueError("`teacher_features` must be given beside `teacher_logits`")
         if config.codir_weight > 0:
             if index is None:
                 raise ValueError("`index` must be given in training where codir_weight > 0")
             if self.needs_features:
                 raise ValueError("`standardize_features` needs fit_features before training")
-            terms["codir"] = self.contrast(student, teacher, mask, labels, index)
+            terms["codir"] = self.contrast(student, teacher, labels, index)
         if config.pkd_weight > 0:
-            terms["pkd"] = pkd_loss(
-                pool_hidden_states(student, mask, mode=config.pooling, layers=self.student_layers),
-                pool_hidden_states(teacher, mask, mode=config.pooling, layers=self.teacher_layers),
-                len(self.student_layers),
-            )
+            terms["pkd"] = pkd_loss(student, teacher, len(self.student_layers))
         return terms
 
     @property
@@ -162,14 +194,18 @@ class DistillationModel(nn.Module):
         training examples, each with what `forward` takes.
         """
 
-        def features() -> Iterator[tuple[Tensor, Tensor]]:
+        def features() -> Iterator[tuple[Tensor | None, Tensor]]:
             for batch in batches:
                 inputs = {name: batch[name] for name in INPUTS if name in batch}
-                student, teacher = (
-                    side(**inputs, output_hidden_states=True).hidden_states
-                    for side in (self.student, self.teacher)
-                )
-                yield self.contrast.pool(student, teacher, batch["attention_mask"])
+                teacher = batch.get("teacher_features")
+                if teacher is None:
+                    teacher = self.teacher_outputs(**inputs)[1]
+                assert teacher is not None
+                student = None
+                if not self.contrast.has_one_width:
+                    states = self.student(**inputs, output_hidden_states=True).hidden_states
+                    student = self._pool(states, batch["attention_mask"], self.student_layers)
+                yield student, teacher
 
         was_training = self.student.training
         self.student.eval()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny import tiny_config
 from transformers import BertForSequenceClassification
 
-from codir_fast import DistillationConfig, DistillationModel, reference
+from codir_fast import DistillationConfig, DistillationModel, pool_hidden_states, reference
 from codir_fast.distillation.config import PRESETS
 from codir_fast.distillation.contrast import Standardization, _Moments
 from codir_fast.distillation.student import student_from_teacher
@@ -417,10 +417,11 @@ def test_features_are_standardised_by_the_teacher_or_by_themselves(student_width
                 side(**inputs, output_hidden_states=True).hidden_states
                 for side in (student.eval(), teacher)
             ]
-            for name, rows in zip(
-                seen, model.contrast.pool(*states, batch["attention_mask"]), strict=True
-            ):
-                seen[name].append(rows)
+            sides = (states[0], model.student_layers), (states[1], model.teacher_layers)
+            for name, (hidden, layers) in zip(seen, sides, strict=True):
+                seen[name].append(
+                    pool_hidden_states(hidden, batch["attention_mask"], layers=layers)
+                )
     contrast = model.contrast
     for name, part in (
         ("teacher", contrast.teacher_features),
