@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding, PreTrainedModel, TrainingArguments, set_seed
+from datasets import Dataset
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from codir_fast.distillation import arguments as args
 from codir_fast.distillation.config import PRESETS, DistillationConfig
@@ -24,6 +25,11 @@ from codir_fast.distillation.loading import (
 )
 from codir_fast.distillation.model import DistillationModel
 from codir_fast.distillation.student import student_from_teacher
+from codir_fast.distillation.teacher_cache import (
+    TeacherCollator,
+    default_directory,
+    with_teacher_outputs,
+)
 from codir_fast.distillation.trainer import DistillationTrainer, check_arguments, load_checkpoint
 from codir_fast.distillation.training import Accuracy, train_and_save
 from codir_fast.errors import UsageError
@@ -49,10 +55,23 @@ class DistillArguments:
             "fidelity; flags that are given come first."
         },
     )
+    cache_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the teacher once on the training examples, keep what it gives on disk, "
+            "and train without it."
+        },
+    )
+    teacher_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where, instead of codir_fast/teacher in the user's cache folder."},
+    )
 
     def __post_init__(self) -> None:
         if (self.student_layers is None) == (self.student is None):
             raise ValueError("exactly one of `student_layers` and `student` must be given")
+        if self.teacher_cache_dir is not None and not self.cache_teacher:
+            raise ValueError("`teacher_cache_dir` needs `cache_teacher`")
 
 
 def run(arguments: list[str]) -> int:
@@ -99,12 +118,15 @@ def run(arguments: list[str]) -> int:
     eval_set = None
     if validation is not None:
         eval_set = tokenize(validation, tokenizer, eval_labels, data.max_seq_length, longest)
+    collator = TeacherCollator(tokenizer)
+    if models.cache_teacher:
+        train_set = _cached(models, model, train_set, collator, training)
     trainer = DistillationTrainer(
         model,
         training,
         train_dataset=train_set,
         eval_dataset=eval_set,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=Accuracy(),
     )
@@ -112,6 +134,34 @@ def run(arguments: list[str]) -> int:
     args.say(f"distilling with {settings}")
     train_and_save(trainer, training, resume)
     return 0
+
+
+def _cached(
+    models: DistillArguments,
+    model: DistillationModel,
+    tokens: Dataset,
+    collator: TeacherCollator,
+    training: TrainingArguments,
+) -> Dataset:
+    """The training examples with the teacher's outputs; the teacher leaves memory."""
+    directory = Path(models.teacher_cache_dir) if models.teacher_cache_dir else default_directory()
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    try:
+        cached = with_teacher_outputs(
+            model,
+            tokens,
+            collator,
+            directory=directory,
+            batch_size=training.per_device_eval_batch_size,
+            device=training.device,
+            dtype=dtype,
+        )
+    except ValueError as error:
+        raise UsageError(f"distill: {error}") from error
+    except OSError as error:
+        raise UsageError(f"`teacher_cache_dir` {directory} can't be written: {error}") from error
+    model.release_teacher()
+    return cached
 
 
 def _preset(arguments: list[str]) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""The teacher's outputs on the training examples, computed once and kept on disk as Arrow.
+
+In fine-tuning the texts are fixed and the teacher is deterministic. A cache is a folder named by a
+hash of all that its numbers depend on: outputs.arrow and, written last, manifest.json.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from torch import Tensor
+from transformers import DataCollatorWithPadding, PreTrainedModel
+
+from codir_fast.distillation.arguments import say
+from codir_fast.distillation.model import INPUTS, DistillationModel
+
+FORMAT = 1  # of the files; another number makes other folders
+COLUMNS = ("teacher_logits", "teacher_features")
+OUTPUTS, MANIFEST = "outputs.arrow", "manifest.json"
+# Batches that are read together and sorted by length, so that padding costs little.
+BATCHES_TOGETHER = 64
+
+
+class TeacherCollator(DataCollatorWithPadding):
+    """Pads tokens; the teacher's cached outputs, tensors already, are stacked."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        cached = {
+            name: torch.stack([row.pop(name) for row in rows])
+            for name in COLUMNS
+            if name in rows[0]
+        }
+        return {**super().__call__(rows), **cached}
+
+
+def default_directory() -> Path:
+    """codir_fast/teacher in the user's cache folder, $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "codir_fast/teacher"
+
+
+def with_teacher_outputs(
+    model: DistillationModel,
+    tokens: Dataset,
+    collator: Callable[[list[dict[str, Any]]], Any],
+    *,
+    directory: Path,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Dataset:
+    """`tokens` with the columns teacher_logits (C,) and, where a term compares layers,
+    teacher_features (L*H,), float32: what `model.teacher_outputs` gives for each example.
+
+    Args:
+        model: has the teacher, the mapped layers and the pooling.
+        tokens: training examples as `tokenize` gives them.
+        collator: makes a batch of rows.
+        directory: of caches; the one that fits is used if it is whole, else made.
+        batch_size: texts that the teacher reads together.
+        device, dtype: where and in which precision the teacher runs (autocast below float32).
+
+    Raises:
+        ValueError: an output of the teacher is not finite.
+    """
+    parts = _parts(model, tokens, dtype)
+    key = hashlib.sha256(_canonical(parts).encode()).hexdigest()[:32]
+    folder = directory / key
+    fault = _fault(folder, parts, len(tokens))
+    if fault is not None:
+        if folder.exists():
+            say(f"teacher cache {folder} {fault}: made again")
+        outputs = _Outputs(model, collator, batch_size, device, dtype)
+        _make(folder, parts, tokens, outputs)
+    cached = Dataset.from_file(str(folder / OUTPUTS))
+    names = cached.column_names
+    joined = concatenate_datasets([tokens, cached], axis=1)
+    return joined.with_format("torch", columns=names, output_all_columns=True)
+
+
+class _Outputs:
+    """Rows of tokens -> columns of the teacher's outputs, in the rows' order."""
+
+    def __init__(
+        self,
+        model: DistillationModel,
+        collator: Callable[[list[dict[str, Any]]], Any],
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.collator, self.batch_size = model, collator, batch_size
+        self.device, self.dtype = device, dtype
+        torch.nn.Module.to(model.teacher, device)
+
+    def __call__(self, columns: dict[str, list]) -> dict[str, numpy.ndarray]:
+        names = [name for name in INPUTS if name in columns]
+        lengths = [len(ids) for ids in columns["input_ids"]]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        parts = []
+        for start in range(0, len(order), self.batch_size):
+            wanted = order[start : start + self.batch_size]
+            batch = self.collator([{name: columns[name][n] for name in names} for n in wanted])
+            parts.append(self._run({name: batch[name].to(self.device) for name in names}))
+        back = torch.tensor(order).argsort()
+        found = {
+            name: torch.cat(column)[back]
+            for name, column in zip(COLUMNS, zip(*parts, strict=True), strict=True)
+            if column[0] is not None
+        }
+        for values in found.values():
+            if not bool(values.isfinite().all()):
+                row = int((~values.isfinite()).any(1).nonzero()[0])
+                raise ValueError(
+                    "`teacher` must give finite outputs, it does not for training example "
+                    f"{columns['index'][row]}"
+                )
+        return {name: values.numpy() for name, values in found.items()}
+
+    def _run(self, inputs: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            outputs = self.model.teacher_outputs(**inputs)
+        return tuple(None if values is None else values.float().cpu() for values in outputs)
+
+
+def _make(folder: Path, parts: dict[str, Any], tokens: Dataset, outputs: _Outputs) -> None:
+    """The folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
+    try:
+        sample = outputs(tokens[:1])
+        features = {
+            name: List(Value("float32"), length=values.shape[1]) for name, values in sample.items()
+        }
+        tokens.map(
+            outputs,
+            batched=True,
+            batch_size=BATCHES_TOGETHER * outputs.batch_size,
+            remove_columns=tokens.column_names,
+            features=Features(features),
+            cache_file_name=str(partial / OUTPUTS),
+            load_from_cache_file=False,
+            new_fingerprint=folder.name,  # else datasets pickles the teacher to find one
+            desc="Teacher",
+        )
+        manifest = {"parts": parts, "rows": len(tokens), "sha256": _sha256(partial / OUTPUTS)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _fault(folder: Path, parts: dict[str, Any], rows: int) -> str | None:
+    """Why the cache can't be used; None if it can."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digest = _sha256(folder / OUTPUTS)
+    except (OSError, ValueError) as error:
+        return f"can't be read ({error})"
+    if not isinstance(manifest, dict) or manifest.get("parts") != json.loads(_canonical(parts)):
+        return "is of another teacher or other texts"
+    if manifest.get("rows") != rows or manifest.get("sha256") != digest:
+        return "is damaged"
+    return None
+
+
+def _parts(model: DistillationModel, tokens: Dataset, dtype: torch.dtype) -> dict[str, Any]:
+    """All that the outputs depend on. The tokens stand for texts, tokenizer and length."""
+    sees_layers = model.sees_layers
+    return {
+        "format": FORMAT,
+        "teacher": _hash_weights(model.teacher),
+        "tokens": _hash_tokens(tokens),
+        "layers": model.teacher_layers if sees_layers else [],
+        "pooling": model.distillation_config.pooling if sees_layers else "",
+        "dtype": str(dtype),
+    }
+
+
+def _hash_weights(teacher: PreTrainedModel) -> str:
+    digest = hashlib.sha256(type(teacher).__name__.encode())
+    config = teacher.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):  # where it lay, who wrote it
+        config.pop(name, None)
+    digest.update(_canonical(config).encode())
+    for name, value in sorted(teacher.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _hash_tokens(tokens: Dataset) -> str:
+    digest = hashlib.sha256()
+    names = [name for name in INPUTS if name in tokens.column_names]
+    for batch in tokens.select_columns(names).iter(1000):
+        digest.update(_canonical(batch).encode())
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
