@@ -17,6 +17,7 @@ CHOICES = {
     "positive": ("current", "bank"),
     "negatives": ("other_labels", "all"),
     "head_init": ("apart", "equal"),
+    "contrast_layers": ("joint", "each"),
 }
 # What --preset sets, for flags that are not given. The paper's form is that of the defaults; the
 # released code (github.com/intersun/CoDIR) reads the first token of every second layer, keeps a
@@ -121,6 +122,10 @@ class DistillationConfig:
     both_sides: bool = field(
         default=False,
         metadata={"help": "The teacher's embedding looks for the student's among a bank too."},
+    )
+    contrast_layers: str = field(
+        default="joint",
+        metadata={"help": "Layers side by side in one term (joint), or a term for each of them."},
     )
     standardize_features: bool = field(
         default=False,

@@ -14,6 +14,8 @@ from codir_fast.memory_bank import IndexedBank
 from codir_fast.projection import ProjectionHead
 from codir_fast.sampling import sample_negatives
 
+Moments = tuple[Tensor, Tensor]  # mean and deviation of each feature
+
 
 class Standardization(nn.Module):
     """(x - mean) / deviation of each of `size` features; the identity unless the run standardises.
@@ -58,12 +60,26 @@ class _Moments:
         self.total = self.total.to(rows.device) + rows.sum(0)
         self.squares = self.squares.to(rows.device) + rows.square().sum(0)
 
-    def result(self) -> tuple[Tensor, Tensor]:
+    def result(self) -> Moments:
         """A deviation of 0 becomes 1: such a feature is 0 once its mean is off."""
         mean = self.total / self.count
         variance = (self.squares / self.count - mean * mean).clamp_min(0)
         small = variance <= 1e-12 * (mean * mean + 1e-12)
         return mean, variance.sqrt().masked_fill(small, 1)
+
+
+def both_moments(
+    features: Iterable[tuple[Tensor | None, Tensor]], has_one_width: bool
+) -> tuple[Moments, Moments]:
+    """Mean and deviation of student's and teacher's features; the teacher's twice where it has the
+    student's width.
+    """
+    student, teacher = _Moments(), _Moments()
+    for student_rows, teacher_rows in features:
+        teacher.add(teacher_rows)
+        if student_rows is not None:
+            student.add(student_rows)
+    return (teacher if has_one_width else student).result(), teacher.result()
 
 
 class LayerContrast(nn.Module):
@@ -122,17 +138,20 @@ class LayerContrast(nn.Module):
             num_data=num_data if self.config.objective == "nce" else None,
         )
 
+    @property
+    def needs_features(self) -> bool:
+        """Whether `fit_features` must be called before training."""
+        return self.teacher_features.is_missing
+
     def fit_features(self, features: Iterable[tuple[Tensor | None, Tensor]]) -> None:
         """Takes mean and deviation from batches of both sides' features, (B, L*H) each; of the
         teacher's alone where it has the student's width.
         """
-        student, teacher = _Moments(), _Moments()
-        for student_rows, teacher_rows in features:
-            teacher.add(teacher_rows)
-            if student_rows is not None:
-                student.add(student_rows)
-        self.student_features.set(*(teacher if self.has_one_width else student).result())
-        self.teacher_features.set(*teacher.result())
+        self.set_features(*both_moments(features, self.has_one_width))
+
+    def set_features(self, student: Moments, teacher: Moments) -> None:
+        self.student_features.set(*student)
+        self.teacher_features.set(*teacher)
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, index: Tensor) -> Tensor:
         """The term, a scalar; the embeddings wait for `update_banks`.

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from codir_fast.distillation.config import DistillationConfig
 from codir_fast.distillation.contrast import LayerContrast
+from codir_fast.distillation.layer_contrasts import LayerContrasts
 from codir_fast.distillation.layer_mapping import layer_pairs
 from codir_fast.pooling import pool_hidden_states
 
@@ -85,7 +86,11 @@ class DistillationModel(nn.Module):
             if bank_labels is None:
                 raise ValueError("`bank_labels` must be given where codir_weight > 0")
             features = len(pairs) * widths[0], len(pairs) * widths[1]
-            self.contrast = LayerContrast(config, features, bank_labels)
+            self.contrast: LayerContrast | LayerContrasts
+            if config.contrast_layers == "each":
+                self.contrast = LayerContrasts(config, features, bank_labels, len(pairs))
+            else:
+                self.contrast = LayerContrast(config, features, bank_labels)
 
     @property
     def teacher(self) -> PreTrainedModel:
@@ -185,8 +190,7 @@ class DistillationModel(nn.Module):
     @property
     def needs_features(self) -> bool:
         """Whether `fit_features` must be called before training."""
-        has_contrast = self.distillation_config.codir_weight > 0
-        return has_contrast and self.contrast.teacher_features.is_missing
+        return self.distillation_config.codir_weight > 0 and self.contrast.needs_features
 
     @torch.no_grad()
     def fit_features(self, batches: Iterable[Mapping[str, Tensor]]) -> None:

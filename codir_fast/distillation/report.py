@@ -35,7 +35,7 @@ def plot_terms(runs: Mapping[str, Path], path: Path) -> None:
         axis.set(title=TERMS[term], xlabel="optimizer step", ylabel="loss (nats)")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_accuracy(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -49,9 +49,9 @@ def plot_accuracy(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -445,3 +445,36 @@ def test_a_feature_that_never_moves_becomes_0():
     found = part(rows)
     assert found[:, 0].abs().max() < 1e-5
     torch.testing.assert_close(found[:, 1].std(correction=0), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("settings", [{}, PRESETS["fidelity"], PRESETS["official"]], ids=str)
+def test_a_term_for_each_layer_is_the_mean_of_terms_of_one_layer(settings):
+    torch.manual_seed(1)
+    each = make(contrast_layers="each", **(settings | {"layer_mapping": "1:2,2:4"})).train()
+    each.student.eval()
+    parts = list(each.contrast.layers)
+    for n, (student, teacher) in enumerate(((1, 2), (2, 4))):
+        one = make(**(settings | {"layer_mapping": f"{student}:{teacher}"})).train()
+        one.student.load_state_dict(each.student.state_dict())
+        one._teacher = each._teacher
+        one.student.eval()
+        one.contrast.load_state_dict(parts[n].state_dict())
+        parts[n] = one
+    batches = [make_batch(0), make_batch(BATCH)]
+    models = [each, *parts]
+    for model in models:
+        if model.needs_features:
+            model.fit_features(batches)
+    for batch in batches:
+        found = []
+        for model in models:
+            torch.manual_seed(2)  # official draws its negatives
+            found.append(model(**batch)["codir"])
+            model.update_bank()
+        if settings != PRESETS["official"]:
+            torch.testing.assert_close(found[0], (found[1] + found[2]) / 2)
+    for n, model in enumerate(parts):
+        layer = each.contrast.layers[n]
+        torch.testing.assert_close(layer.bank.rows, model.contrast.bank.rows)
+        assert layer.bank.valid.all()
+    assert found[0] > 0

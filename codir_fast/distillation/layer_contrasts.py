@@ -1,0 +1,56 @@
+"""A contrastive term for each compared layer, where `contrast_layers` is each."""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from codir_fast.distillation.config import DistillationConfig
+from codir_fast.distillation.contrast import LayerContrast, both_moments
+
+
+class LayerContrasts(nn.Module):
+    """Mean of one LayerContrast per compared layer, each with heads and banks of its own.
+
+    It is called as a LayerContrast is, with the features of all layers side by side.
+
+    Args:
+        config, labels: as LayerContrast takes them.
+        widths: features of student and teacher, L*H each.
+        num_layers: L.
+    """
+
+    def __init__(
+        self, config: DistillationConfig, widths: tuple[int, int], labels: Tensor, num_layers: int
+    ) -> None:
+        super().__init__()
+        own = widths[0] // num_layers, widths[1] // num_layers
+        self.layers = nn.ModuleList(LayerContrast(config, own, labels) for _ in range(num_layers))
+        self.has_one_width = widths[0] == widths[1]
+
+    def _layers(self) -> list[LayerContrast]:
+        return cast(list[LayerContrast], list(self.layers))
+
+    @property
+    def needs_features(self) -> bool:
+        return self._layers()[0].needs_features
+
+    def fit_features(self, features: Iterable[tuple[Tensor | None, Tensor]]) -> None:
+        sides = both_moments(features, self.has_one_width)
+        parts = [
+            list(zip(*(v.chunk(len(self.layers)) for v in side), strict=True)) for side in sides
+        ]
+        for layer, student, teacher in zip(self.layers, *parts, strict=True):
+            layer.set_features(student, teacher)
+
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+        sides = (side.chunk(len(self.layers), dim=1) for side in (student, teacher))
+        terms = [
+            layer(*pair, labels, index) for layer, *pair in zip(self._layers(), *sides, strict=True)
+        ]
+        return torch.stack(terms).mean()
+
+    def update_banks(self) -> None:
+        for layer in self._layers():
+            layer.update_banks()

@@ -1,0 +1,301 @@
+"""`codir-fast study`: many distillations side by side, arms x regimes x seeds, as a file tells.
+
+Each run is `codir-fast distill` with the flags of its arm and regime, one line of JSON in
+runs.jsonl; runs that are there are not made again. Tables and pictures are made of the lines.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from codir_fast.distillation import distill
+from codir_fast.distillation.arguments import TextArguments
+from codir_fast.distillation.data import (
+    known_labels,
+    label_ids,
+    read_file,
+    select_columns,
+    tokenize,
+)
+from codir_fast.distillation.loading import load_tokenizer, load_trained_classifier
+from codir_fast.distillation.scores import calibrated_scores, predict
+from codir_fast.distillation.study_report import write_report
+from codir_fast.errors import UsageError
+
+RUNS, TRIALS, LOGITS, WORK = "runs.jsonl", "trials.jsonl", "logits", "work"
+SPLITS = ("validation", "test")
+
+
+@dataclass
+class Study:
+    """What the file of a study says. Settings are flags of `codir-fast distill`, without dashes.
+
+    Args:
+        teacher: folder of the fine-tuned classifier.
+        train_file, validation_file, test_file: labelled texts. Settings are chosen, and
+            temperatures fitted, on the validation file; what is reported is of the test file.
+        reference: the arm that differences are taken to.
+        settings: of all runs.
+        regimes: name -> settings, such as the number of examples and epochs.
+        arms: name -> settings, as they were chosen.
+        seeds: of the runs.
+        trials: arm -> settings to try, each with all of `trial_seeds` in `trial_regime`.
+    """
+
+    teacher: str
+    train_file: str
+    validation_file: str
+    test_file: str
+    reference: str
+    regimes: dict[str, dict[str, Any]]
+    arms: dict[str, dict[str, Any]]
+    seeds: list[int]
+    settings: dict[str, Any] = field(default_factory=dict)
+    trials: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    trial_seeds: list[int] = field(default_factory=list)
+    trial_regime: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("regimes", "arms", "settings", "trials"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"`{name}` must be a mapping, got {getattr(self, name)!r}")
+        if self.reference not in self.arms:
+            raise ValueError(
+                f"`reference` must be an arm, {list(self.arms)}, got {self.reference!r}"
+            )
+        if self.trials and self.trial_regime not in self.regimes:
+            raise ValueError(
+                f"`trial_regime` must be a regime, {list(self.regimes)}, got {self.trial_regime!r}"
+            )
+        for seeds in (self.seeds, self.trial_seeds):
+            if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+                raise ValueError(f"`seeds` must be a list of integers, got {seeds!r}")
+        if set(self.seeds) & set(self.trial_seeds):
+            raise ValueError("`seeds` and `trial_seeds` must have none in common")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One distillation: flags of distill, and what the line about it says of it."""
+
+    arm: str
+    regime: str
+    seed: int
+    settings: dict[str, Any]
+
+    def key(self, inputs: str) -> str:
+        """Tells runs apart by settings, seed and the contents of the files they read."""
+        text = json.dumps([self.settings, self.seed, inputs], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run(arguments: list[str]) -> int:
+    """Runs what is missing, then writes table.md and pictures from all lines."""
+    options = _parse(arguments)
+    study = read_study(options.config)
+    inputs = _hash_inputs(study)
+    output = Path(options.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    wanted = list(_trials(study) if options.trials else _runs(study, options.regimes))
+    lines = output / (TRIALS if options.trials else RUNS)
+    done = {line["key"] for line in read_lines(lines)}
+    missing = [(task, task.key(inputs)) for task in wanted if task.key(inputs) not in done]
+    if missing:
+        teacher = _teacher_logits(study, inputs, output)
+        _run_all(study, missing, output, lines, teacher, options.jobs)
+    keys = [task.key(inputs) for task in wanted]
+    rows = [row for row in read_lines(lines) if row["key"] in keys]
+    print(write_report(rows, study.reference, output, trials=options.trials))
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"study: {message}")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser("codir-fast study", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("config", help="the study, a YAML file")
+    parser.add_argument("--output_dir", required=True, help="of lines, logits, table and pictures")
+    parser.add_argument("--trials", action="store_true", help="run the trials, not the arms")
+    parser.add_argument("--regimes", nargs="+", default=[], help="these alone")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        raise UsageError(f"study: `jobs` must be at least 1, got {options.jobs}")
+    return options
+
+
+def read_study(path: str) -> Study:
+    """The study in a YAML file.
+
+    Raises:
+        UsageError: no such file, no YAML, or settings that are missing, unknown or of no sense.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"study: {path} can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"study: {path} must hold a mapping, got {type(content).__name__}")
+    try:
+        return Study(**content)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"study: {path}: {error}") from error
+
+
+def _runs(study: Study, regimes: list[str]) -> Iterator[Run]:
+    """Seed by seed, so that arms can be compared early."""
+    for unknown in set(regimes) - set(study.regimes):
+        raise UsageError(f"`regimes` must be of {list(study.regimes)}, got {unknown!r}")
+    for regime in regimes or study.regimes:
+        for seed in study.seeds:
+            for arm, settings in study.arms.items():
+                yield _task(study, arm, regime, seed, settings)
+
+
+def _trials(study: Study) -> Iterator[Run]:
+    for seed in study.trial_seeds:
+        for arm, trials in study.trials.items():
+            for settings in trials:
+                yield _task(study, arm, study.trial_regime, seed, settings)
+
+
+def _task(study: Study, arm: str, regime: str, seed: int, settings: dict[str, Any]) -> Run:
+    return Run(arm, regime, seed, {**study.settings, **study.regimes[regime], **settings})
+
+
+def _hash_inputs(study: Study) -> str:
+    """Of the contents of what all runs read."""
+    names = ("train_file", "validation_file", "test_file")
+    paths = [Path(getattr(study, name)) for name in names]
+    paths.append(Path(study.teacher, "model.safetensors"))
+    digest = hashlib.sha256()
+    for path in paths:
+        if not path.is_file():
+            raise UsageError(f"study: there is no file {path}")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file, but for a last one that was cut off."""
+    lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _run_all(
+    study: Study,
+    missing: list[tuple[Run, str]],
+    output: Path,
+    lines: Path,
+    teacher: Path,
+    jobs: int,
+) -> None:
+    _end_last_line(lines)
+    threads = max(1, torch.get_num_threads() // jobs)
+    # Spawned: a fork after torch has started its threads may hang.
+    pool = ProcessPoolExecutor(
+        jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    )
+    with pool, lines.open("a", encoding="utf-8") as file:
+        waiting = [pool.submit(distil, study, *task, output, teacher) for task in missing]
+        try:
+            for done in tqdm(as_completed(waiting), "Study", len(waiting), unit="run"):
+                file.write(json.dumps(done.result()) + "\n")
+                file.flush()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _end_last_line(lines: Path) -> None:
+    """Cuts off a last line that an earlier run did not finish."""
+    if lines.is_file():
+        content = lines.read_bytes()
+        lines.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> dict[str, Any]:
+    """Makes one run; its line. The student's logits are kept, its weights are not."""
+    folder = output / WORK / key
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    student = folder / "student"
+    flags = [f"--{name}={value}" for name, value in _flags(study, task, student).items()]
+    with (folder / "log.txt").open("w", encoding="utf-8") as log, redirect_stderr(log):
+        try:
+            distill.run(flags)
+        except UsageError as error:
+            raise UsageError(f"study: arm {task.arm}, seed {task.seed}: {error}") from error
+    logits = {name: classify(str(student), study, name) for name in SPLITS}
+    save_file(
+        {name: rows for name, (rows, _) in logits.items()}, output / LOGITS / f"{key}.safetensors"
+    )
+    metrics, state = (
+        json.loads((student / name).read_text(encoding="utf-8"))
+        for name in ("metrics.json", "trainer_state.json")
+    )
+    shutil.rmtree(folder)
+    return {
+        "key": key,
+        "arm": task.arm,
+        "regime": task.regime,
+        "seed": task.seed,
+        "settings": task.settings,
+        **calibrated_scores(logits, load_file(teacher)),
+        "steps": state["global_step"],
+        "seconds_per_step": metrics["train_runtime"] / state["global_step"],
+    }
+
+
+def _flags(study: Study, task: Run, student: Path) -> dict[str, Any]:
+    return {
+        "teacher": study.teacher,
+        "train_file": study.train_file,
+        "output_dir": student,
+        "seed": task.seed,
+        "cache_teacher": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        **task.settings,
+    }
+
+
+def classify(model: str, study: Study, split: str) -> tuple[Tensor, Tensor]:
+    """A model's logits (N, C) on a split's texts, and their labels (N,)."""
+    data = TextArguments(max_seq_length=study.settings.get("max_seq_length", 128))
+    classifier, tokenizer = load_trained_classifier("model", model), load_tokenizer("model", model)
+    name = f"{split}_file"
+    examples = select_columns(read_file(name, getattr(study, name)), name, data)
+    labels = label_ids(examples, name, known_labels(classifier.config))
+    longest = getattr(classifier.config, "max_position_embeddings", data.max_seq_length)
+    tokens = tokenize(examples, tokenizer, labels, data.max_seq_length, longest)
+    return predict(classifier, tokens, tokenizer), torch.tensor(labels)
+
+
+def _teacher_logits(study: Study, inputs: str, output: Path) -> Path:
+    """File of the teacher's logits on each split, made once."""
+    path = output / LOGITS / f"teacher-{inputs[:16]}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({name: classify(study.teacher, study, name)[0] for name in SPLITS}, partial)
+        partial.replace(path)
+    return path
