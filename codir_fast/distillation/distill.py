@@ -74,8 +74,10 @@ class DistillArguments:
             raise ValueError("`teacher_cache_dir` needs `cache_teacher`")
 
 
-def run(arguments: list[str]) -> int:
-    """Reads flags, distils, saves the student in transformers' format."""
+def read_flags(arguments: list[str]) -> tuple[Any, ...]:
+    """The dataclasses that `arguments` fill, checked as far as nothing is loaded: DistillArguments,
+    DistillationConfig, DataArguments, OutputArguments, TrainingArguments.
+    """
     classes = (
         DistillArguments,
         DistillationConfig,
@@ -92,6 +94,12 @@ def run(arguments: list[str]) -> int:
         check_arguments(training, config)
     except ValueError as error:
         raise UsageError(f"distill: {error}") from error
+    return models, config, data, output, training
+
+
+def run(arguments: list[str]) -> int:
+    """Reads flags, distils, saves the student in transformers' format."""
+    models, config, data, output, training = read_flags(arguments)
     args.check_output(training, output)
     resume = args.checkpoint_to_resume(training)
 

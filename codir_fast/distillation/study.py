@@ -107,10 +107,11 @@ def run(arguments: list[str]) -> int:
     """Runs what is missing, then writes table.md and pictures from all lines."""
     options = _parse(arguments)
     study = read_study(options.config)
-    inputs = _hash_inputs(study)
-    output = Path(options.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     wanted = list(_trials(study) if options.trials else _runs(study, options.regimes))
+    output = Path(options.output_dir)
+    _check(study, wanted, output)
+    inputs = _hash_inputs(study)
+    _make_folder(output)
     lines = output / (TRIALS if options.trials else RUNS)
     done = {line["key"] for line in read_lines(lines)}
     missing = [(task, task.key(inputs)) for task in wanted if task.key(inputs) not in done]
@@ -180,6 +181,25 @@ def _task(study: Study, arm: str, regime: str, seed: int, settings: dict[str, An
     return Run(arm, regime, seed, {**study.settings, **study.regimes[regime], **settings})
 
 
+def _check(study: Study, wanted: list[Run], output: Path) -> None:
+    """Refuses flags that distill would refuse, before the first run is made."""
+    seen = []
+    for task in wanted:
+        if task.settings not in seen:
+            seen.append(task.settings)
+            try:
+                distill.read_flags(_flags(study, task, output))
+            except UsageError as error:
+                raise UsageError(f"study: arm {task.arm}: {error}") from error
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"`output_dir` {output} can't be made: {error}") from error
+
+
 def _hash_inputs(study: Study) -> str:
     """Of the contents of what all runs read."""
     names = ("train_file", "validation_file", "test_file")
@@ -208,20 +228,31 @@ def _run_all(
     jobs: int,
 ) -> None:
     _end_last_line(lines)
+    results = _results(study, missing, output, teacher, jobs)
+    with lines.open("a", encoding="utf-8") as file:
+        for line in tqdm(results, "Study", len(missing), unit="run"):
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+
+def _results(
+    study: Study, missing: list[tuple[Run, str]], output: Path, teacher: Path, jobs: int
+) -> Iterator[dict[str, Any]]:
+    """Lines of runs, as they are done."""
+    if jobs == 1:
+        for task, key in missing:
+            yield distil(study, task, key, output, teacher)
+        return
     threads = max(1, torch.get_num_threads() // jobs)
     # Spawned: a fork after torch has started its threads may hang.
-    pool = ProcessPoolExecutor(
-        jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
-    )
-    with pool, lines.open("a", encoding="utf-8") as file:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
         waiting = [pool.submit(distil, study, *task, output, teacher) for task in missing]
         try:
-            for done in tqdm(as_completed(waiting), "Study", len(waiting), unit="run"):
-                file.write(json.dumps(done.result()) + "\n")
-                file.flush()
-        except BaseException:
+            for done in as_completed(waiting):
+                yield done.result()
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _end_last_line(lines: Path) -> None:
@@ -237,10 +268,9 @@ def distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> di
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     student = folder / "student"
-    flags = [f"--{name}={value}" for name, value in _flags(study, task, student).items()]
     with (folder / "log.txt").open("w", encoding="utf-8") as log, redirect_stderr(log):
         try:
-            distill.run(flags)
+            distill.run(_flags(study, task, student))
         except UsageError as error:
             raise UsageError(f"study: arm {task.arm}, seed {task.seed}: {error}") from error
     logits = {name: classify(str(student), study, name) for name in SPLITS}
@@ -264,8 +294,8 @@ def distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> di
     }
 
 
-def _flags(study: Study, task: Run, student: Path) -> dict[str, Any]:
-    return {
+def _flags(study: Study, task: Run, student: Path) -> list[str]:
+    settings = {
         "teacher": study.teacher,
         "train_file": study.train_file,
         "output_dir": student,
@@ -276,6 +306,7 @@ def _flags(study: Study, task: Run, student: Path) -> dict[str, Any]:
         "report_to": "none",
         **task.settings,
     }
+    return [f"--{name}={value}" for name, value in settings.items()]
 
 
 def classify(model: str, study: Study, split: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,182 @@
+"""codir-fast study: runs are made once and told apart; tables follow from the lines."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
+from tiny import write_examples
+
+from codir_fast.cli import main
+from codir_fast.distillation.scores import calibrated_scores, fit_inverse_temperature, nll, scores
+from codir_fast.distillation.study import read_lines
+from codir_fast.distillation.study_report import interval, write_report
+
+FAST = {"student_layers": 2, "use_cpu": True, "per_device_train_batch_size": 16}
+
+
+@pytest.fixture
+def study(folder, tmp_path):
+    write_examples(tmp_path / "test.csv", 30, seed=4)
+    settings = FAST | {"teacher_cache_dir": str(tmp_path / "cache"), "max_seq_length": 16}
+    return {
+        "teacher": str(folder / "teacher"),
+        "train_file": str(folder / "train.csv"),
+        "validation_file": str(folder / "validation.csv"),
+        "test_file": str(tmp_path / "test.csv"),
+        "reference": "ce_kd",
+        "settings": settings,
+        "regimes": {"few": {"max_train_samples": 32, "num_train_epochs": 1}},
+        "arms": {"ce_kd": {"codir_weight": 0}, "paper": {"preset": "paper"}},
+        "seeds": [10, 11],
+        "trials": {"paper": [{"codir_weight": 0.1}, {"codir_weight": 1}]},
+        "trial_seeds": [0],
+        "trial_regime": "few",
+    }
+
+
+def command(study, tmp_path, *flags):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return ["study", str(path), "--output_dir", str(tmp_path / "out"), *flags]
+
+
+def test_runs_are_made_once_and_reported(study, tmp_path, capsys):
+    assert main(command(study, tmp_path)) == 0
+    out = tmp_path / "out"
+    lines = read_lines(out / "runs.jsonl")
+    assert [(line["seed"], line["arm"]) for line in lines] == [
+        *((10, "ce_kd"), (10, "paper")),
+        *((11, "ce_kd"), (11, "paper")),
+    ]
+    assert (out / "differences-few.png").is_file() and not list((out / "work").iterdir())
+    table = (out / "table.md").read_text()
+    assert table in capsys.readouterr().out and "| paper | 2 |" in table
+
+    (teacher,) = (load_file(path) for path in (out / "logits").glob("teacher-*.safetensors"))
+    kept = load_file(out / "logits" / f"{lines[1]['key']}.safetensors")
+    assert kept["test"].shape == (30, 2) and kept["validation"].shape == (20, 2)
+    same = (kept["test"].argmax(1) == teacher["test"].argmax(1)).double().mean()
+    assert lines[1]["test"]["agreement"] == pytest.approx(float(same))
+
+    # Again: the line that was cut off is made again, to the same numbers; the others are not.
+    content = (out / "runs.jsonl").read_text()
+    (out / "runs.jsonl").write_text(content[:-9])
+    for line in lines[:-1]:
+        (out / "logits" / f"{line['key']}.safetensors").unlink()
+    assert main(command(study, tmp_path)) == 0
+    assert len(list((out / "logits").glob("*.safetensors"))) == 2
+    again = read_lines(out / "runs.jsonl")
+    assert again[:-1] == lines[:-1] and again[-1]["test"] == lines[-1]["test"]
+
+    assert main(command(study | {"seeds": [10]}, tmp_path)) == 0
+    assert (out / "runs.jsonl").read_text().count("\n") == 4
+    assert "| paper | 1 |" in (out / "table.md").read_text()
+
+
+def test_trials_and_jobs(study, tmp_path, capsys):
+    assert main(command(study, tmp_path, "--trials", "--jobs", "2")) == 0
+    lines = read_lines(tmp_path / "out" / "trials.jsonl")
+    assert sorted(line["settings"]["codir_weight"] for line in lines) == [0.1, 1]
+    assert "codir_weight 0.1 | 1 |" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "runs.jsonl").exists()
+
+
+ERRORS = {
+    "no file": (None, "no.yaml can't be read"),
+    "no mapping": ("- 1\n", "must hold a mapping, got list"),
+    "no yaml": ("a: [\n", "can't be read"),
+    "unknown name": ({"arm": {}}, "unexpected keyword argument 'arm'"),
+    "reference": ({"reference": "x"}, "`reference` must be an arm, ['ce_kd', 'paper'], got 'x'"),
+    "arms": ({"arms": ["x"]}, "`arms` must be a mapping"),
+    "trial regime": ({"trial_regime": "x"}, "`trial_regime` must be a regime, ['few'], got 'x'"),
+    "seeds": ({"seeds": ["x"]}, "`seeds` must be a list of integers"),
+    "seeds of trials": (
+        {"trial_seeds": [11]},
+        "`seeds` and `trial_seeds` must have none in common",
+    ),
+    "no teacher": ({"teacher": "nowhere"}, "there is no file nowhere/model.safetensors"),
+    "unknown flag": (
+        {"arms": {"ce_kd": {"speed": 1}}},
+        "arm ce_kd: distill has no flag --speed",
+    ),
+    "bad value": (
+        {"arms": {"ce_kd": {"kd_weight": -1}}},
+        "arm ce_kd: distill: `kd_weight` must be",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_study_that_can_not_be_run_is_refused(study, tmp_path, capsys, name):
+    changes, message = ERRORS[name]
+    given = command(study | changes if isinstance(changes, dict) else study, tmp_path)
+    if isinstance(changes, str):
+        (tmp_path / "study.yaml").write_text(changes)
+    elif changes is None:
+        given[1] = str(tmp_path / "no.yaml")
+    assert main(given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("codir-fast: error: study: ") and error.count("\n") == 1
+    assert message in error and not (tmp_path / "out").exists()
+
+
+def test_flags_of_a_study_are_checked(study, tmp_path, capsys):
+    for flags, message in (
+        (["--jobs", "0"], "`jobs` must be at least 1"),
+        (["--regimes", "many"], "`regimes` must be of ['few'], got 'many'"),
+        (["--speed"], "unrecognized arguments: --speed"),
+    ):
+        assert main(command(study, tmp_path, *flags)) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_scores_are_their_formulas():
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(50, 3), 2 * torch.randn(50, 3)
+    labels = torch.randint(3, (50,))
+    found = scores(logits, teacher, labels)
+    p, q = (rows.double().softmax(1) for rows in (teacher, logits))
+    assert found["kl"] == pytest.approx(float((p * (p / q).log()).sum(1).mean()))
+    assert found["nll"] == pytest.approx(float(-q[torch.arange(50), labels].log().mean()))
+    assert found["accuracy"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+    same = (logits.argmax(1) == teacher.argmax(1)).double().mean()
+    assert found["agreement"] == pytest.approx(float(same))
+
+
+def test_calibration_finds_the_temperature_that_is_there():
+    torch.manual_seed(0)
+    logits = torch.randn(4000, 2, dtype=torch.float64)
+    labels = torch.multinomial((logits / 2.5).softmax(1), 1)[:, 0]
+    found = fit_inverse_temperature(lambda s: nll(logits * s, labels))
+    assert found == pytest.approx(1 / 2.5, rel=0.1)
+    nearby = [nll(logits * found * change, labels) for change in (0.999, 1, 1.001)]
+    assert min(nearby) == nearby[1]
+    # A teacher that is the student at another temperature is met exactly.
+    teacher = {"validation": logits * 3, "test": logits[:99] * 3}
+    splits = {"validation": (logits, labels), "test": (logits[:99], labels[:99])}
+    result = calibrated_scores(splits, teacher)["test"]
+    assert result["kl_calibrated"] < 1e-9 < result["kl"]
+    expected = F.cross_entropy(logits[:99] * found, labels[:99])
+    assert result["nll_calibrated"] == pytest.approx(float(expected))
+
+
+def test_interval_is_students():
+    # scipy.stats.t.ppf(0.975, 4) is 2.7764
+    middle, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (middle, half) == (3, pytest.approx(2.776 * 2.5**0.5 / 5**0.5))
+    assert interval([1.0])[1] == float("inf")
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    def line(arm, seed, value):
+        names = ("accuracy", "agreement", "nll", "nll_calibrated", "kl", "kl_calibrated")
+        score = dict.fromkeys(names, value)
+        return {"arm": arm, "regime": "few", "seed": seed, "test": score, "seconds_per_step": 1}
+
+    lines = [line("a", 1, 0.5), line("a", 2, 0.7), line("b", 2, 0.8), line("b", 1, 0.6)]
+    lines += [line("b", 3, 0.0)]  # has no partner
+    text = write_report(lines, "a", tmp_path, trials=False)
+    row = next(row for row in text.splitlines() if row.startswith("| b | +"))
+    assert "+10.00 ± 0.00" in row and "+0.1000 ± 0.0000" in row
+    assert (tmp_path / "table.md").read_text() == text
