@@ -17,11 +17,12 @@ $(BIN)/cmake --build $(1)
 $(BIN)/ctest --test-dir $(1) --output-on-failure -j $(shell nproc 2>/dev/null || echo 2)
 endef
 
-.PHONY: help install demo test ctest sanitize bench static-gpu test-gpu bench-gpu lint format clean
+.PHONY: help install demo study test ctest sanitize bench static-gpu test-gpu bench-gpu lint format clean
 
 help:
 	@echo "make install   .venv with pinned packages, codir_fast built into it"
 	@echo "make demo      fine-tune a teacher on real text, distil two students, compare them (QUICK=1: a subset)"
+	@echo "make study     distillations side by side, hours of them; what is finished is kept (ARGS=--trials)"
 	@echo "make test      the Python tests"
 	@echo "make ctest     the C++ tests, without Python or torch"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -58,6 +59,9 @@ install: $(VENV)/.installed
 
 demo: $(VENV)/.installed $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(if $(QUICK),--quick)
+
+study: $(VENV)/.installed $(VENV)/.demo
+	$(BIN)/python examples/study.py $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

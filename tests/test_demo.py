@@ -30,16 +30,18 @@ def test_split_is_shuffled_disjoint_and_repeatable(demo, tmp_path):
         writer.writerow(["text", "label", "source"])
         writer.writerows((f'text "{n}",\nmore', n // 30, "rotten_tomatoes") for n in range(60))
         writer.writerow(["other", 1, "imdb"])
-    demo.split_reviews(source, tmp_path / "one", None)
+    demo.split_reviews(source, tmp_path / "one", None, {"validation": 0.1})
     train, validation = (read(tmp_path / "one" / f"{name}.csv") for name in ("train", "validation"))
     assert (len(train), len(validation)) == (54, 6)
     assert len(set(train) | set(validation)) == 60
     labels = [label for _, label in train]
     assert labels != sorted(labels)
-    demo.split_reviews(source, tmp_path / "two", None)
+    demo.split_reviews(source, tmp_path / "two", None, {"validation": 0.1})
     assert read(tmp_path / "two" / "train.csv") == train
-    demo.split_reviews(source, tmp_path / "small", 20)
-    assert len(read(tmp_path / "small" / "train.csv")) == 18
+    demo.split_reviews(source, tmp_path / "small", 20, {"validation": 0.1, "test": 0.2})
+    parts = [read(tmp_path / "small" / f"{name}.csv") for name in ("validation", "test", "train")]
+    assert [len(part) for part in parts] == [2, 4, 14]
+    assert len(set().union(*parts)) == 20
 
 
 def test_finished_step_is_kept_and_a_changed_one_is_done_again(demo, tmp_path, monkeypatch):

@@ -188,7 +188,7 @@ def _check(study: Study, wanted: list[Run], output: Path) -> None:
         if task.settings not in seen:
             seen.append(task.settings)
             try:
-                distill.read_flags(_flags(study, task, output))
+                distill.read_flags(_flags(study, task, output, output))
             except UsageError as error:
                 raise UsageError(f"study: arm {task.arm}: {error}") from error
 
@@ -270,7 +270,7 @@ def distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> di
     student = folder / "student"
     with (folder / "log.txt").open("w", encoding="utf-8") as log, redirect_stderr(log):
         try:
-            distill.run(_flags(study, task, student))
+            distill.run(_flags(study, task, student, output))
         except UsageError as error:
             raise UsageError(f"study: arm {task.arm}, seed {task.seed}: {error}") from error
     logits = {name: classify(str(student), study, name) for name in SPLITS}
@@ -294,13 +294,14 @@ def distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> di
     }
 
 
-def _flags(study: Study, task: Run, student: Path) -> list[str]:
+def _flags(study: Study, task: Run, student: Path, output: Path) -> list[str]:
     settings = {
         "teacher": study.teacher,
         "train_file": study.train_file,
         "output_dir": student,
         "seed": task.seed,
         "cache_teacher": True,
+        "teacher_cache_dir": output / WORK / "teacher",
         "save_strategy": "no",
         "disable_tqdm": True,
         "report_to": "none",
