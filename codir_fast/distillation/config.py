@@ -33,6 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_negatives": 0,
         "both_sides": False,
         "bank_init": "empty",
+        "contrast_layers": "joint",
     },
     "official": {
         "layer_mapping": "official",
@@ -47,6 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kd_weight": 0.5,
     },
     "fidelity": {
+        "contrast_layers": "each",
         "negatives": "all",
         "temperature": 0.2,
         "codir_weight": 1.0,

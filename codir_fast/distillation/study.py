@@ -8,7 +8,7 @@ import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -107,7 +107,10 @@ def run(arguments: list[str]) -> int:
     """Runs what is missing, then writes table.md and pictures from all lines."""
     options = _parse(arguments)
     study = read_study(options.config)
-    wanted = list(_trials(study) if options.trials else _runs(study, options.regimes))
+    _check_names("regimes", options.regimes, study.regimes)
+    _check_names("arms", options.arms, study.arms)
+    tasks = _trials(study) if options.trials else _runs(study, options.regimes or study.regimes)
+    wanted = [task for task in tasks if not options.arms or task.arm in options.arms]
     output = Path(options.output_dir)
     _check(study, wanted, output)
     inputs = _hash_inputs(study)
@@ -135,6 +138,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, help="of lines, logits, table and pictures")
     parser.add_argument("--trials", action="store_true", help="run the trials, not the arms")
     parser.add_argument("--regimes", nargs="+", default=[], help="these alone")
+    parser.add_argument("--arms", nargs="+", default=[], help="these alone")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
@@ -160,11 +164,14 @@ def read_study(path: str) -> Study:
         raise UsageError(f"study: {path}: {error}") from error
 
 
-def _runs(study: Study, regimes: list[str]) -> Iterator[Run]:
+def _check_names(flag: str, names: list[str], known: Iterable[str]) -> None:
+    for unknown in set(names) - set(known):
+        raise UsageError(f"study: `{flag}` must be of {list(known)}, got {unknown!r}")
+
+
+def _runs(study: Study, regimes: Iterable[str]) -> Iterator[Run]:
     """Seed by seed, so that arms can be compared early."""
-    for unknown in set(regimes) - set(study.regimes):
-        raise UsageError(f"`regimes` must be of {list(study.regimes)}, got {unknown!r}")
-    for regime in regimes or study.regimes:
+    for regime in regimes:
         for seed in study.seeds:
             for arm, settings in study.arms.items():
                 yield _task(study, arm, regime, seed, settings)

@@ -52,7 +52,8 @@ def write_report(lines: list[Line], reference: str, output: Path, *, trials: boo
     for regime in dict.fromkeys(line["regime"] for line in lines):
         of_regime = [line for line in lines if line["regime"] == regime]
         parts.append(f"## {regime}\n\n" + _tables(of_regime, reference))
-        plot_differences(of_regime, reference, output / f"differences-{regime}.png")
+        if any(line["arm"] != reference for line in of_regime):
+            plot_differences(of_regime, reference, output / f"differences-{regime}.png")
     return _write(output / "table.md", "\n".join(parts))
 
 

@@ -70,9 +70,13 @@ def test_runs_are_made_once_and_reported(study, tmp_path, capsys):
     again = read_lines(out / "runs.jsonl")
     assert again[:-1] == lines[:-1] and again[-1]["test"] == lines[-1]["test"]
 
-    assert main(command(study | {"seeds": [10]}, tmp_path)) == 0
+    assert main(command(study | {"seeds": [10]}, tmp_path, "--arms", "paper", "ce_kd")) == 0
     assert (out / "runs.jsonl").read_text().count("\n") == 4
     assert "| paper | 1 |" in (out / "table.md").read_text()
+    assert main(command(study | {"seeds": [11, 12]}, tmp_path, "--arms", "ce_kd")) == 0
+    assert [(row["seed"], row["arm"]) for row in read_lines(out / "runs.jsonl")[4:]] == [
+        (12, "ce_kd")
+    ]
 
 
 def test_trials_and_jobs(study, tmp_path, capsys):
@@ -126,6 +130,7 @@ def test_flags_of_a_study_are_checked(study, tmp_path, capsys):
     for flags, message in (
         (["--jobs", "0"], "`jobs` must be at least 1"),
         (["--regimes", "many"], "`regimes` must be of ['few'], got 'many'"),
+        (["--arms", "mine"], "`arms` must be of ['ce_kd', 'paper'], got 'mine'"),
         (["--speed"], "unrecognized arguments: --speed"),
     ):
         assert main(command(study, tmp_path, *flags)) == 2
