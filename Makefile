@@ -94,7 +94,7 @@ gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 	  f"torch {torch.__version__} of {sys.executable} sees no CUDA GPU: give another with PYTHON=...")'
 
-$(GPU_BUILD)/.installed: $(BUILD_FILES) $(wildcard codir_fast/*.py codir_fast/*/*.py kernels/*.py benchmarks/*.py)
+$(GPU_BUILD)/.installed: $(BUILD_FILES) $(wildcard codir_fast/*.py codir_fast/*/*.py kernels/*.py benchmarks/*.py benchmarks/*/*.py)
 	rm -rf $(GPU_BUILD)
 	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(GPU_BUILD) .
 	@touch $@

@@ -78,6 +78,7 @@ setup(
     packages=[
         "codir_fast",
         "codir_fast.benchmarks",
+        "codir_fast.benchmarks.peers",
         "codir_fast.compat",
         "codir_fast.distillation",
         "codir_fast.ops",

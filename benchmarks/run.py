@@ -138,7 +138,7 @@ def _folder(text: str) -> Path:
 
 def _listing() -> str:
     lines = ["shapes"]
-    lines += [f"  {shape.name:<15}{shape.operator}: {shape.why}" for shape in SHAPES]
+    lines += [f"  {shape.name:<20}{shape.operator}: {shape.why}" for shape in SHAPES]
     lines.append("peers")
     for peer in PEERS:
         missing = peer.refusal(SHAPES[0], 1 << 62)

@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib", reason="pictures need it")
 
 from codir_fast.benchmarks import measure, peers
 from codir_fast.benchmarks.run import check, measure_shape
-from codir_fast.benchmarks.shapes import SHAPES, Shape, find_shape
+from codir_fast.benchmarks.shapes import OPERATORS, SHAPES, Shape, find_shape
 
 from codir_fast.cli import main
 from codir_fast.errors import UsageError
@@ -41,6 +41,12 @@ def test_every_peer_is_right(shape):
     for peer in chosen(shape.operator):
         if peer.refusal(shape, 1 << 40) is None and not peer.is_floor:
             assert check(peer, peer.prepare(inputs), inputs) < 1e-5, peer.name
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_ours_is_the_first_peer_and_no_name_stands_twice(operator):
+    names = [peer.name for peer in peers.PEERS if peer.operator == operator]
+    assert names[0] == "codir_fast" and len(set(names)) == len(names) > 2
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["loss", "gradient"])

@@ -34,7 +34,7 @@ def test_sdist_holds_all_sources(dist):
     for pattern in (
         *sources,
         "docs/**/*.md",
-        "benchmarks/*.py",
+        "benchmarks/**/*.py",
         "examples/*.py",
         "requirements/*.txt",
     ):
@@ -58,6 +58,7 @@ def test_wheel_holds_binary_and_packages(dist):
     for pattern, package in (
         ("codir_fast/**/*.py", "codir_fast"),
         ("kernels/*.py", "codir_fast/kernels"),
+        ("benchmarks/**/*.py", "codir_fast/benchmarks"),
     ):
         base = ROOT / pattern.split("/")[0]
         expected = {f"{package}/{path.relative_to(base).as_posix()}" for path in ROOT.glob(pattern)}
