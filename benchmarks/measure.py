@@ -4,6 +4,7 @@ the memory that they take."""
 import ctypes
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import random
@@ -38,6 +39,31 @@ class Times:
     highest: float
     rounds: int
 
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Times":
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+@dataclass(frozen=True)
+class Added:
+    """What a function takes beyond another in the same rounds, as a share of the other's time: the
+    median, its 95% interval by ranks (low, high), and the quartiles (lower, upper).
+    """
+
+    median: float
+    low: float
+    high: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def over(cls, base: Sequence[float], seconds: Sequence[float]) -> "Added":
+        shares = sorted(more / less - 1 for less, more in zip(base, seconds, strict=True))
+        n = len(shares)
+        rank = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2))
+        lower, median, upper = statistics.quantiles(shares, n=4, method="inclusive")
+        return cls(median, shares[rank], shares[n - 1 - rank], lower, upper)
+
 
 def wait(device: torch.device) -> None:
     """Until the device has done what it was asked for."""
@@ -60,10 +86,19 @@ def interleaved(
     budget: float,
     device: torch.device = CPU,
 ) -> list[Times]:
-    """Each function once a round (a short one several times in a row), after a round that does not
-    count, until the budget (seconds) is spent: what slows the machine down meanwhile hits all
-    alike. The order changes from round to round, since each finds the caches as the one before left
-    them.
+    """Times of each function in `rounds`."""
+    return [Times.of(taken) for taken in rounds(runs, budget, device)]
+
+
+def rounds(
+    runs: Sequence[Callable[[], Any]],
+    budget: float,
+    device: torch.device = CPU,
+) -> list[list[float]]:
+    """Seconds a call of each function in each round: each once a round (a short one several times
+    in a row), after a round that does not count, until the budget (seconds) is spent: what slows
+    the machine down meanwhile hits all alike. The order changes from round to round, since each
+    finds the caches as the one before left them.
     """
     for run in runs:
         run()
@@ -71,13 +106,13 @@ def interleaved(
     taken: list[list[float]] = [[] for _ in runs]
     order, shuffle = list(range(len(runs))), random.Random(0).shuffle
     end = time.perf_counter() + budget
-    rounds = 0
-    while rounds < _MIN_ROUNDS or (time.perf_counter() < end and rounds < _MAX_ROUNDS):
+    done = 0
+    while done < _MIN_ROUNDS or (time.perf_counter() < end and done < _MAX_ROUNDS):
         shuffle(order)
         for n in order:
             taken[n].append(seconds(runs[n], numbers[n], device))
-        rounds += 1
-    return [Times(statistics.median(times), min(times), max(times), len(times)) for times in taken]
+        done += 1
+    return taken
 
 
 def fastest(runs: Sequence[Callable[[], Any]], device: torch.device = CPU) -> int:
@@ -171,6 +206,7 @@ def stamp(device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> dic
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": _version("transformers"),
         "codir_fast": __version__,
         "commit": _commit(),
     }

@@ -49,6 +49,26 @@ def _line(row: Row) -> str:
     )
 
 
+def train_step_table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    sizes = ", ".join(f"{letter}={size}" for letter, size in rows[0]["sizes"].items())
+    lines = [
+        f"### A training step, teacher cached: {sizes}",
+        "",
+        f"Added: as a share of the CE + KD step of the same round, {rows[0]['rounds']} rounds.",
+        "",
+        "| step | ms | added, median | its 95% interval | quartiles |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        added = {name: f"{share:+.1%}" for name, share in row["added"].items()}
+        lines.append(
+            f"| {row['what']} | {row['median'] * 1e3:.1f} | {added['median']} | "
+            f"{added['low']} to {added['high']} | {added['lower']} to {added['upper']} |"
+        )
+    return "\n".join(lines)
+
+
 def write_json(path: Path, results: dict[str, Any]) -> None:
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -6,26 +6,20 @@ of 2048 x 2048, a copy of 256 MiB; 8192 x 8192 and 1 GiB on a GPU) in the same r
 """
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from codir_fast.benchmarks import measure, report
+from codir_fast.benchmarks.options import Where, folder, parse, where
 from codir_fast.benchmarks.peers import PEERS, Inputs, Peer, error_of, make_inputs, truth
-from codir_fast.benchmarks.shapes import SHAPES, Shape, bank, find_shape
-
-from codir_fast.errors import UsageError
+from codir_fast.benchmarks.shapes import SHAPES, SWEEPS, Shape, find_shape
 
 # Of results, relative to the largest element of the truth.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 _SLOW = 3.0  # seconds; what takes longer is timed once
-SWEEPS = {
-    "K": [bank("K", 256, 1 << n, 128) for n in range(10, 23, 2)],
-    "B": [bank("B", B, 65536, 128) for B in (1, 2, 4, 6, 8, 12, 16, 24, 32, 33, 40, 48, 56, 64)],
-}
 SWEEP_PEERS = {
     "K": ("codir_fast", "chunked", "eager", "compile"),
     "B": ("codir_fast", "two-products", "chunked"),
@@ -34,106 +28,35 @@ SWEEP_PEERS = {
 Advance = Callable[[], None]
 
 
-@dataclass(frozen=True)
-class Where:
-    """Device and dtype of all inputs."""
-
-    device: torch.device = measure.CPU
-    dtype: torch.dtype = torch.float32
-
-
 def run(arguments: list[str]) -> int:
-    options = _parse(arguments)
+    options = parse(arguments, __doc__ or "")
     if options.list:
         print(_listing())
         return 0
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    out = None if options.out is None else _folder(options.out)
-    where = _where(options)
+    out = None if options.out is None else folder(options.out)
+    place = where(options)
     every = options.shape in (None, ["all"])
-    fitting = [shape for shape in SHAPES if where.device.type != "cpu" or not shape.gpu_only]
+    fitting = [shape for shape in SHAPES if place.device.type != "cpu" or not shape.gpu_only]
     shapes = fitting if every else [find_shape(text) for text in options.shape]
-    sweeps = options.sweep or []
-    machine = measure.stamp(where.device, where.dtype)
+    sweeps, seconds = options.sweep or [], options.train_step
+    machine = measure.stamp(place.device, place.dtype)
     results = {"machine": machine, "ceilings": {}, "shapes": [], "sweeps": {}}
-    if options.shape or not sweeps:
-        _run_shapes(shapes, where, options, results)
+    if options.shape or not (sweeps or seconds):
+        _run_shapes(shapes, place, options, results)
         print(report.as_table(results["shapes"], results["ceilings"]))
     for letter in sweeps:
-        results["sweeps"][letter] = _run_sweep(letter, where, options)
+        results["sweeps"][letter] = _run_sweep(letter, place, options)
         print(_sweep_table(results["sweeps"][letter], letter))
+    if seconds is not None:
+        from codir_fast.benchmarks.train_step import measure_train_step  # needs transformers
+
+        results["train_step"] = measure_train_step(seconds)
+        print(report.train_step_table(results["train_step"]))
     if out is not None:
         _write(out, results)
     return 0
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="codir-fast bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        exit_on_error=False,
-    )
-    names = ", ".join(shape.name for shape in SHAPES)
-    parser.add_argument(
-        "--shape", nargs="+", help=f"{names}, or B,K,D; default: all, unless --sweep is given"
-    )
-    parser.add_argument("--peers", nargs="+", help="names from --list; default: all that can run")
-    parser.add_argument(
-        "--sweep", nargs="+", help="curves over K (1,024 to 4 M rows) or B (1 to 64)"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument(
-        "--dtype",
-        help="of the inputs: float32 on a CPU; bfloat16 (default), float16, float32",
-    )
-    parser.add_argument("--threads", type=int, help="of PyTorch; default: as it is")
-    parser.add_argument(
-        "--budget", type=float, default=0.5, help="seconds for each peer at a shape; default 0.5"
-    )
-    parser.add_argument("--out", help="folder for table.md, results.json and the pictures")
-    parser.add_argument("--list", action="store_true", help="list shapes and peers and stop")
-    try:
-        options, unknown = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise UsageError(f"bench: {error}") from None
-    if unknown:
-        raise UsageError(f"bench has no flag {unknown[0]}; bench --help lists them")
-    if options.threads is not None and options.threads < 1:
-        raise UsageError(f"`threads` must be at least 1, got {options.threads}")
-    if not 0 < options.budget < math.inf:
-        raise UsageError(f"`budget` must be positive seconds, got {options.budget}")
-    known = {peer.name for peer in PEERS}
-    for name in options.peers or []:
-        if name not in known:
-            raise UsageError(f"`peers` must be of {', '.join(sorted(known))}, got {name!r}")
-    for letter in options.sweep or []:
-        if letter not in SWEEPS:
-            raise UsageError(f"`sweep` must be of {', '.join(SWEEPS)}, got {letter!r}")
-    return options
-
-
-def _where(options: argparse.Namespace) -> Where:
-    if options.device not in ("cpu", "cuda"):
-        raise UsageError(f"`device` must be cpu or cuda, got {options.device}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("`device` is cuda, but torch sees no CUDA GPU")
-    device = torch.device(options.device)
-    name = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    names = ("float32",) if device.type == "cpu" else ("float32", "bfloat16", "float16")
-    if name not in names:
-        raise UsageError(f"`dtype` must be of {', '.join(names)} on {device}, got {name}")
-    return Where(device, getattr(torch, name))
-
-
-def _folder(text: str) -> Path:
-    folder = Path(text)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"`out` {text} can't be made: {error.strerror}") from None
-    return folder
 
 
 def _listing() -> str:
@@ -329,6 +252,8 @@ def _write(out: Path, results: dict[str, Any]) -> None:
     if results["shapes"]:
         parts.append(report.as_table(results["shapes"], results["ceilings"]))
         report.plot_shapes(results["shapes"], stamp, out / "shapes.png")
+    if "train_step" in results:
+        parts += ["", report.train_step_table(results["train_step"])]
     for letter, rows in results["sweeps"].items():
         parts.append(_sweep_table(rows, letter))
         report.plot_sweep(rows, letter, stamp, out / f"over_{letter}.png")

@@ -70,6 +70,11 @@ SHAPES = (
         "bert-pool-backward", "masked_pool_backward", _BERT_POOL, "their gradient", gpu_only=True
     ),
 )
+# Curves over one size.
+SWEEPS = {
+    "K": [bank("K", 256, 1 << n, 128) for n in range(10, 23, 2)],
+    "B": [bank("B", B, 65536, 128) for B in (1, 2, 4, 6, 8, 12, 16, 24, 32, 33, 40, 48, 56, 64)],
+}
 
 
 def find_shape(text: str) -> Shape:

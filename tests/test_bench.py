@@ -104,6 +104,49 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     assert results["shapes"] == [] and (tmp_path / "over_K.png").is_file()
 
 
+def test_train_step(tmp_path, monkeypatch, capsys):
+    train_step = pytest.importorskip("codir_fast.benchmarks.train_step", reason="transformers")
+    monkeypatch.setattr(train_step, "H", 24)
+    monkeypatch.setattr(train_step, "T", 8)
+    assert main(["bench", "--train_step", "0.01", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    rows = {row["arm"]: row for row in results["train_step"]}
+    assert list(rows) == ["ce-kd", "ce-kd-again", "codir-8530", "codir-65536"]
+    assert set(rows["ce-kd"]["added"].values()) == {0} and results["shapes"] == []
+    added = rows["codir-65536"]["added"]
+    assert added["low"] <= added["median"] <= added["high"] and added["median"] != 0
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| CE + KD + CoDIR, 8,530 rows |" in table and table.splitlines()[-1] in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_training_step_moves_the_student_its_heads_and_the_bank(monkeypatch):
+    train_step = pytest.importorskip("codir_fast.benchmarks.train_step", reason="transformers")
+    monkeypatch.setattr(train_step, "H", 24)
+    arm = train_step.Arm("tiny", "", codir_weight=0.1, num_rows=100)
+    model, batch = arm.make_model(), arm.make_batch()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train_step.training_step(model, [batch])()
+    moved = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    rows = model.contrast.bank.rows
+    changed = (rows != before["contrast.bank.rows"]).any(1)
+    assert changed.nonzero()[:, 0].tolist() == sorted(batch["index"].tolist())
+    assert "contrast.student_projection.linear.weight" in moved
+    assert any(name.startswith("student.bert.encoder.layer.0") for name in moved)
+    plain = train_step.ARMS[0].make_model()
+    assert plain.distillation_config.codir_weight == 0 and not hasattr(plain, "contrast")
+
+
+def test_what_a_function_adds():
+    base = [1.0, 2.0, 4.0, 1.0, 1.0]
+    added = measure.Added.over(base, [1.1, 2.4, 4.0, 1.3, 1.4])
+    shares = (added.median, added.low, added.high, added.lower, added.upper)
+    assert shares == pytest.approx((0.2, 0.0, 0.4, 0.1, 0.3))
+    many = measure.Added.over([1.0] * 100, [1 + n / 1000 for n in range(100)])
+    assert (many.low, many.high) == pytest.approx((0.040, 0.059))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -114,6 +157,8 @@ def test_sweep(tmp_path, monkeypatch, capsys):
         (["--threads", "0"], "`threads` must be at least 1, got 0"),
         (["--threads", "two"], "argument --threads: invalid int value: 'two'"),
         (["--budget", "nan"], "`budget` must be positive seconds, got nan"),
+        (["--train_step", "0"], "`train_step` must be positive seconds, got 0.0"),
+        (["--train_step", "1", "--device", "cuda"], "`train_step` is timed on the CPU, got"),
         (["--out", "/dev/null/x"], "`out` /dev/null/x can't be made"),
         (["--fast"], "bench has no flag --fast"),
     ],
