@@ -1,5 +1,9 @@
-"""The error of the command line: what a user gave is wrong, and one line says what and why."""
+"""Errors of the command line, each printed as one line."""
 
 
 class UsageError(ValueError):
-    """Printed as one line; the program ends with exit code 2."""
+    """What a user gave is wrong, and the line says what and why; exit code 2."""
+
+
+class SaveError(OSError):
+    """What a run makes can't be written, as on a full disk; exit code 1."""

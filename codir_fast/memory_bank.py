@@ -84,6 +84,21 @@ class _Bank(nn.Module):
         """Number of filled rows (reads the device)."""
         return int(self.valid.sum())
 
+    def check_rows(self) -> None:
+        """Raises ValueError unless all rows are finite and the filled ones of length 1 (or 0, from
+        a key of 0), as the bank writes them; for states from elsewhere. Reads the device.
+        """
+        rows = self._rows_at(torch.arange(self.rows.shape[0], device=self.rows.device)).float()
+        if not bool(rows.isfinite().all()):
+            raise ValueError("the rows of a bank must be finite")
+        lengths = torch.linalg.vector_norm(rows[self.valid], dim=1)
+        dtype = self.rows.dtype if self.row_scale is None else self.row_scale.dtype
+        wrong = ((lengths - 1).abs() > max(1e-4, 4 * torch.finfo(dtype).eps)) & (lengths > 0)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"the rows of a bank must have length 1, got {float(lengths[wrong][0]):.6g}"
+            )
+
     def _write(self, index: Tensor, keys: Tensor, momentum: float) -> None:
         if self.row_scale is None:
             bank_update(self.rows, index, keys, momentum, self.valid, backend="auto")

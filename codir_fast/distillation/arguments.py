@@ -8,8 +8,12 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from codir_fast.distillation.checkpoint import (
+    is_leftover,
+    last_whole_checkpoint,
+    whole_checkpoint,
+)
 from codir_fast.errors import UsageError
 
 # Smallest and largest value of the TrainingArguments that do not check themselves.
@@ -146,7 +150,7 @@ def training_defaults(arguments: list[str]) -> dict[str, Any]:
         "per_device_eval_batch_size": 64,
         "eval_strategy": "epoch" if validates else "no",
         "save_strategy": "epoch",
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # the last one may be damaged
         "logging_steps": 20,
         "warmup_steps": 0.1,
         "train_sampling_strategy": "group_by_length",
@@ -175,7 +179,7 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
         raise UsageError(
             f"`output_dir` {directory} can't be made or written: {there} is no folder to write in"
         )
-    used = directory.is_dir() and any(directory.iterdir())
+    used = directory.is_dir() and any(not is_leftover(path) for path in directory.iterdir())
     if used and not (output.overwrite_output_dir or training.resume_from_checkpoint):
         raise UsageError(
             f"`output_dir` must be empty, {directory} is not; give --overwrite_output_dir to write "
@@ -184,22 +188,15 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
 
 
 def checkpoint_to_resume(training: TrainingArguments) -> str | None:
-    """The folder that --resume_from_checkpoint means: itself, or for True the output's last one."""
+    """The folder that --resume_from_checkpoint means: itself, or for True the output's last one;
+    it is as it was written.
+    """
     wanted = training.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
-    if str(wanted).lower() != "true":
-        if not (Path(wanted) / "trainer_state.json").is_file():
-            raise UsageError(
-                f"`resume_from_checkpoint` must be the folder of a checkpoint, {wanted} has no "
-                "trainer_state.json"
-            )
-        return wanted
-    directory = str(training.output_dir)
-    last = get_last_checkpoint(directory) if Path(directory).is_dir() else None
-    if last is None:
-        raise UsageError(f"`resume_from_checkpoint` found no checkpoint in {directory}")
-    return last
+    if str(wanted).lower() == "true":
+        return str(last_whole_checkpoint(Path(str(training.output_dir)), say))
+    return str(whole_checkpoint(wanted))
 
 
 def say(message: str) -> None:

@@ -1,5 +1,6 @@
 """Models and tokenizers from a folder or the hub: safetensors only, no code of theirs is run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
+from codir_fast.distillation.manifest import is_inside
 from codir_fast.errors import UsageError
 
 
@@ -39,6 +41,37 @@ def load_trained_classifier(flag: str, name: str) -> PreTrainedModel:
     return model
 
 
+def load_weights(model: PreTrainedModel, directory: Path) -> None:
+    """Puts the weights that `save_pretrained` wrote into a model of the same class.
+
+    Raises:
+        ValueError: they are of another model, or not all of them.
+    """
+    check_index(directory)
+    kind: Any = type(model)
+    loaded, report = kind.from_pretrained(
+        directory, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    for what, names in report.items():
+        if names:
+            raise ValueError(f"{what.replace('_', ' ')}: {', '.join(map(str, sorted(names)))}")
+    model.load_state_dict(loaded.state_dict())
+
+
+def check_index(directory: Path) -> None:
+    """Raises ValueError for an index of weights that names files outside of its folder."""
+    path = directory / SAFE_WEIGHTS_INDEX_NAME
+    if not path.exists():
+        return
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path.name} holds no weight_map") from error
+    for name in names:
+        if not isinstance(name, str) or not is_inside(name):
+            raise ValueError(f"{path.name} names {name}, outside of the folder")
+
+
 def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:
     is_folder = Path(name).is_dir()
     if is_folder and not (Path(name) / "config.json").is_file():
@@ -50,6 +83,8 @@ def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:
     if is_folder:  # nothing to wait for; a download keeps its bar
         logging.disable_progress_bar()
     try:
+        if is_folder:
+            check_index(Path(name))
         return kind.from_pretrained(
             name, trust_remote_code=False, local_files_only=is_folder, **options
         )

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from codir_fast.distillation.checkpointed_trainer import CheckpointedTrainer
 
 
 class SeededByEpoch(Sampler[int]):
@@ -35,8 +36,8 @@ class SeededByEpoch(Sampler[int]):
         return iter(self.sampler)
 
 
-class ResumableTrainer(Trainer):
-    """transformers.Trainer that resumes exactly where examples are grouped by length too."""
+class ResumableTrainer(CheckpointedTrainer):
+    """CheckpointedTrainer that resumes exactly where examples are grouped by length too."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         sampler = super()._get_train_sampler(*args, **kwargs)

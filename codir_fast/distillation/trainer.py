@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from codir_fast.distillation.checkpoint import refusing
 from codir_fast.distillation.config import DistillationConfig
+from codir_fast.distillation.loading import load_weights
 from codir_fast.distillation.model import DistillationModel
 from codir_fast.distillation.sampling import ResumableTrainer
+from codir_fast.memory_bank import IndexedBank, MemoryQueue
 
 STATE_FILE = "distillation_state.safetensors"
 
@@ -50,7 +52,7 @@ class DistillationTrainer(ResumableTrainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        model = self._distilled()
+        model = self._module()
         if model.needs_features and not resume_from_checkpoint:  # else they come from there
             batches = self.get_eval_dataloader(self.train_dataset)
             model.to(self.args.device)
@@ -79,15 +81,8 @@ class DistillationTrainer(ResumableTrainer):
             self._count = 0
         super().log(logs, start_time)
 
-    def _distilled(self) -> DistillationModel:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:
-            return
-        directory = Path(str(output_dir or self.args.output_dir))
-        directory.mkdir(parents=True, exist_ok=True)
-        model = self._distilled()
+    def write_model(self, directory: Path, state_dict: dict[str, Any] | None = None) -> None:
+        model = self._module()
         model.student.save_pretrained(directory)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
@@ -96,13 +91,8 @@ class DistillationTrainer(ResumableTrainer):
         state = {name: value.clone() for name, value in model.distillation_state().items()}
         save_file(state, directory / STATE_FILE)
 
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
-    ) -> None:
-        load_checkpoint(self._distilled(), Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        load_checkpoint(self._distilled(), Path(str(self.state.best_model_checkpoint)))
+    def read_model(self, directory: Path) -> None:
+        load_checkpoint(self._module(), directory)
 
 
 def check_arguments(args: TrainingArguments, config: DistillationConfig) -> None:
@@ -125,24 +115,30 @@ def load_checkpoint(model: DistillationModel, directory: Path) -> None:
     """Student, heads and bank as they were saved.
 
     Raises:
-        ValueError: no checkpoint of a distillation, or one of other layers, weights or data.
+        UsageError: no checkpoint of a distillation, or one of other layers, weights or data; a
+            bank's row is not finite, or not of unit length.
     """
-    state_file = directory / STATE_FILE
-    if not state_file.is_file():
-        raise ValueError(
-            f"`resume_from_checkpoint` must be a checkpoint of a distillation, {directory} has "
-            f"no {STATE_FILE}"
-        )
-    try:
-        loaded = type(model.student).from_pretrained(
-            directory, use_safetensors=True, local_files_only=True
-        )
-        model.student.load_state_dict(loaded.state_dict())
-        model.load_distillation_state(load_file(state_file))
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise ValueError(
-            f"`resume_from_checkpoint` does not fit this run, {directory}: {error}"
-        ) from error
+    with refusing(directory):
+        if not (directory / STATE_FILE).is_file():
+            raise ValueError(f"it has no {STATE_FILE}, so that it is of no distillation")
+        load_weights(model.student, directory)
+        state = load_file(directory / STATE_FILE)
+        _check_labels(model, state)
+        model.load_distillation_state(state)
+        if model.needs_features:
+            raise ValueError(f"{STATE_FILE} has no mean of the features")
+        for part in model.modules():
+            if isinstance(part, (IndexedBank, MemoryQueue)):
+                part.check_rows()
+
+
+def _check_labels(model: DistillationModel, state: dict[str, Tensor]) -> None:
+    """A bank with a row per training example has the labels of this run's."""
+    for name, bank in model.named_modules():
+        if isinstance(bank, IndexedBank) and bank.labels is not None:
+            loaded = state.get(f"{name}.row_labels")
+            if loaded is None or not torch.equal(loaded, bank.labels.cpu()):
+                raise ValueError(f"the labels in {name} are not those of the training examples")
 
 
 class _BankUpdate(TrainerCallback):

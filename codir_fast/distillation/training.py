@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from codir_fast.distillation.arguments import say
+from codir_fast.distillation.checkpoint import replaced_files
 
 
 class Accuracy:
@@ -44,12 +46,13 @@ def train_and_save(trainer: Trainer, training: TrainingArguments, resume: str | 
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     trainer.save_model()
-    trainer.save_state()
     if not trainer.is_world_process_zero():
         return
     directory = Path(str(training.output_dir))
     text = json.dumps(metrics, indent=2) + "\n"
-    (directory / "metrics.json").write_text(text, encoding="utf-8")
+    with replaced_files(directory) as files:
+        trainer.state.save_to_json(str(files / TRAINER_STATE_NAME))
+        (files / "metrics.json").write_text(text, encoding="utf-8")
     if "eval_accuracy" in metrics:
         say(f"validation accuracy {metrics['eval_accuracy']:.4f}")
     say(f"saved in {directory}")

@@ -12,6 +12,7 @@ from codir_fast.cli import main
 from codir_fast.distillation.arguments import TextArguments
 from codir_fast.distillation.config import PRESETS
 from codir_fast.distillation.data import read_file, select_columns, tokenize
+from codir_fast.distillation.manifest import write_manifest
 
 FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
 
@@ -120,13 +121,13 @@ ERRORS = {
     "one column": ({"--text_column": "label"}, "`label_column` must not be the `text_column`"),
     "nothing left": ({"--validation_split": "0.999"}, "`validation_split` 0.999 of 48 examples"),
     "output below a file": ({"--output_dir": "FOLDER/train.csv/x"}, "is no folder to write in"),
-    "no trainer state": (
+    "no checkpoint at all": (
         {"--resume_from_checkpoint": "FOLDER/teacher"},
         "`resume_from_checkpoint` must be the folder of a checkpoint",
     ),
     "another checkpoint": (
         {"--resume_from_checkpoint": "FOLDER/finetuned"},
-        "`resume_from_checkpoint` must be a checkpoint of a distillation",
+        "so that it is of no distillation",
     ),
     "negative rate": ({"--learning_rate": "-1"}, "`learning_rate` must be in [0"),
     "rate nan": ({"--learning_rate": "nan"}, "`learning_rate` must be in [0"),
@@ -161,6 +162,7 @@ def broken(folder, tmp_path_factory):
     for file in (path / "mute").glob("tokenizer*"):
         file.unlink()
     (path / "finetuned" / "trainer_state.json").write_text("{}")
+    write_manifest(path / "finetuned", order=0)
     (path / "ragged.csv").write_text("text,label\nw1,positive\nw2,negative,more\n")
     (path / "teacher" / "config.xml").write_text("<a/>")
     (path / "strange.csv").write_text("text,label\nw1,positive\nw2,neutral\n")

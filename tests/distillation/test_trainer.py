@@ -19,6 +19,7 @@ from transformers import (
 
 from codir_fast import DistillationConfig, DistillationModel, DistillationTrainer
 from codir_fast.distillation.arguments import DataArguments
+from codir_fast.distillation.checkpoint import written_checkpoint
 from codir_fast.distillation.config import PRESETS
 from codir_fast.distillation.data import known_labels, label_ids, load_examples, tokenize
 from codir_fast.distillation.student import student_from_teacher
@@ -209,7 +210,9 @@ def test_best_model_is_loaded_at_the_end(folder, tmp_path):
 
 def test_checkpoint_of_something_else_is_refused(folder, tmp_path):
     trainer = make_trainer(folder, tmp_path / "run")
-    BertForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "other")
+    with written_checkpoint(tmp_path / "other") as other:
+        BertForSequenceClassification(tiny_config()).save_pretrained(other)
+        trainer.state.save_to_json(other / "trainer_state.json")
     with pytest.raises(ValueError, match=f"has no {STATE_FILE}"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "other"))
 
