@@ -1,7 +1,7 @@
 """The teacher's outputs on the training examples, computed once and kept on disk as Arrow.
 
 In fine-tuning the texts are fixed and the teacher is deterministic. A cache is a folder named by a
-hash of all that its numbers depend on: outputs.arrow and, written last, manifest.json.
+hash of all that its numbers depend on, which made_from.json tells: outputs.arrow and a manifest.
 """
 
 import hashlib
@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from codir_fast.distillation.arguments import say
+from codir_fast.distillation.manifest import verify, write_manifest
 from codir_fast.distillation.model import INPUTS, DistillationModel
 
 FORMAT = 1  # of the files; another number makes other folders
 COLUMNS = ("teacher_logits", "teacher_features")
-OUTPUTS, MANIFEST = "outputs.arrow", "manifest.json"
+OUTPUTS, MADE_FROM = "outputs.arrow", "made_from.json"
 # Batches that are read together and sorted by length, so that padding costs little.
 BATCHES_TOGETHER = 64
 
@@ -73,10 +74,10 @@ def with_teacher_outputs(
     parts = _parts(model, tokens, dtype)
     key = hashlib.sha256(_canonical(parts).encode()).hexdigest()[:32]
     folder = directory / key
-    fault = _fault(folder, parts, len(tokens))
+    fault = _fault(folder, parts)
     if fault is not None:
         if folder.exists():
-            say(f"teacher cache {folder} {fault}: made again")
+            say(f"the teacher cache {folder} {fault}; it is made again")
         outputs = _Outputs(model, collator, batch_size, device, dtype)
         _make(folder, parts, tokens, outputs)
     cached = Dataset.from_file(str(folder / OUTPUTS))
@@ -150,8 +151,8 @@ def _make(folder: Path, parts: dict[str, Any], tokens: Dataset, outputs: _Output
             new_fingerprint=folder.name,  # else datasets pickles the teacher to find one
             desc="Teacher",
         )
-        manifest = {"parts": parts, "rows": len(tokens), "sha256": _sha256(partial / OUTPUTS)}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (partial / MADE_FROM).write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
+        write_manifest(partial, 0)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except BaseException:
@@ -159,18 +160,14 @@ def _make(folder: Path, parts: dict[str, Any], tokens: Dataset, outputs: _Output
         raise
 
 
-def _fault(folder: Path, parts: dict[str, Any], rows: int) -> str | None:
+def _fault(folder: Path, parts: dict[str, Any]) -> str | None:
     """Why the cache can't be used; None if it can."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        digest = _sha256(folder / OUTPUTS)
+        verify(folder)
+        made_from = json.loads((folder / MADE_FROM).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return f"can't be read ({error})"
-    if not isinstance(manifest, dict) or manifest.get("parts") != json.loads(_canonical(parts)):
-        return "is of another teacher or other texts"
-    if manifest.get("rows") != rows or manifest.get("sha256") != digest:
-        return "is damaged"
-    return None
+        return f"is damaged: {error}"
+    return None if made_from == parts else "is of another teacher or other texts"
 
 
 def _parts(model: DistillationModel, tokens: Dataset, dtype: torch.dtype) -> dict[str, Any]:
@@ -208,11 +205,3 @@ def _hash_tokens(tokens: Dataset) -> str:
 
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

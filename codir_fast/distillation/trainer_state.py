@@ -24,8 +24,8 @@ TYPES: dict[str, Any] = {
 
 
 class SaveAfterEpoch(TrainerCallback):
-    """Puts off the checkpoint of the last step of an epoch, or of the run, until the epoch's end has
-    been told to callbacks: a run resumed from it would not come by there again, and miss the
+    """Puts off the checkpoint of the last step of an epoch, or of the run, until the epoch's end
+    has been told to callbacks: a run resumed from it would not come by there again, and miss the
     evaluation and the log.
     """
 

@@ -14,10 +14,11 @@ from codir_fast.cli import main
 from codir_fast.distillation.arguments import DataArguments
 from codir_fast.distillation.config import PRESETS
 from codir_fast.distillation.data import known_labels, label_ids, load_examples, tokenize
+from codir_fast.distillation.manifest import MANIFEST, write_manifest
 from codir_fast.distillation.student import student_from_teacher
 from codir_fast.distillation.teacher_cache import (
     COLUMNS,
-    MANIFEST,
+    MADE_FROM,
     OUTPUTS,
     TeacherCollator,
     with_teacher_outputs,
@@ -123,9 +124,12 @@ def damage_flip(folder):
     (folder / OUTPUTS).write_bytes(content)
 
 
-def damage_manifest(folder, **changes):
-    manifest = json.loads((folder / MANIFEST).read_text()) | changes
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+def swap(folder):
+    """A whole cache of another teacher, under this one's name."""
+    parts = json.loads((folder / MADE_FROM).read_text()) | {"teacher": "0"}
+    (folder / MADE_FROM).write_text(json.dumps(parts))
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, 0)
 
 
 DAMAGES = {
@@ -138,8 +142,7 @@ DAMAGES = {
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
     "garbled manifest": lambda folder: (folder / MANIFEST).write_bytes(b"\xff{"),
     "manifest is a list": lambda folder: (folder / MANIFEST).write_text("[]"),
-    "other rows": lambda folder: damage_manifest(folder, rows=3),
-    "of another teacher": lambda folder: damage_manifest(folder, parts={"teacher": "0"}),
+    "of another teacher": swap,
 }
 
 
@@ -147,7 +150,7 @@ DAMAGES = {
 def test_a_damaged_cache_is_made_again(tokens, tmp_path, capsys, name):
     model, directory = make_model(make_teacher()), tmp_path / "cache"
     expected = cached(model, tokens, directory)["teacher_logits"][:]
-    assert "made again" not in capsys.readouterr().err
+    assert "teacher cache" not in capsys.readouterr().err
     (folder,) = directory.iterdir()
     DAMAGES[name](folder)
     found = cached(model, tokens, directory)["teacher_logits"][:]
