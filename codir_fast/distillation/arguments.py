@@ -2,18 +2,24 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from codir_fast.distillation.checkpoint import (
     is_leftover,
     last_whole_checkpoint,
     whole_checkpoint,
 )
+from codir_fast.distillation.run_settings import RUN_FILE
 from codir_fast.errors import UsageError
 
 # Smallest and largest value of the TrainingArguments that do not check themselves.
@@ -167,6 +173,25 @@ def check_numbers(training: TrainingArguments) -> None:
             raise UsageError(f"`{name}` must be in [{lowest}, {highest:.10g}], got {value}")
 
 
+def check_choices(training: TrainingArguments, metrics: Sequence[str]) -> None:
+    """Refuses names that Trainer would refuse after the data are read, or after an epoch.
+
+    Args:
+        metrics: those that an evaluation gives.
+    """
+    best = training.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in metrics:
+        raise UsageError(
+            f"`metric_for_best_model` must be one of {', '.join(metrics)}, got {best!r}"
+        )
+    for name in training.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            trackers = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise UsageError(f"`report_to` must be none, all or of {trackers}, got {name!r}")
+        if name not in (*get_available_reporting_integrations(), "flyte"):  # it is never listed
+            raise UsageError(f"`report_to` {name} needs the package of that name; pip install it")
+
+
 def check_output(training: TrainingArguments, output: OutputArguments) -> None:
     """Refuses to mix a run with what is there, before anything is written."""
     if training.output_dir is None:
@@ -179,7 +204,10 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
         raise UsageError(
             f"`output_dir` {directory} can't be made or written: {there} is no folder to write in"
         )
-    used = directory.is_dir() and any(not is_leftover(path) for path in directory.iterdir())
+    # Settings alone are of a run that ended before its first checkpoint: nothing is lost.
+    used = directory.is_dir() and any(
+        not is_leftover(path) and path.name != RUN_FILE for path in directory.iterdir()
+    )
     if used and not (output.overwrite_output_dir or training.resume_from_checkpoint):
         raise UsageError(
             f"`output_dir` must be empty, {directory} is not; give --overwrite_output_dir to write "

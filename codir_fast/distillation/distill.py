@@ -18,12 +18,14 @@ from codir_fast.distillation.data import (
     load_examples,
     tokenize,
 )
+from codir_fast.distillation.early_stopping import StoppingArguments
 from codir_fast.distillation.loading import (
     load_classifier,
     load_tokenizer,
     load_trained_classifier,
 )
 from codir_fast.distillation.model import DistillationModel
+from codir_fast.distillation.run_settings import run_settings
 from codir_fast.distillation.student import student_from_teacher
 from codir_fast.distillation.teacher_cache import (
     TeacherCollator,
@@ -31,7 +33,7 @@ from codir_fast.distillation.teacher_cache import (
     with_teacher_outputs,
 )
 from codir_fast.distillation.trainer import DistillationTrainer, check_arguments, load_checkpoint
-from codir_fast.distillation.training import Accuracy, train_and_save
+from codir_fast.distillation.training import METRICS, Accuracy, train_and_save
 from codir_fast.errors import UsageError
 
 
@@ -82,14 +84,19 @@ def read_flags(arguments: list[str]) -> tuple[Any, ...]:
         DistillArguments,
         DistillationConfig,
         args.DataArguments,
+        StoppingArguments,
         args.OutputArguments,
         TrainingArguments,
     )
     defaults = args.training_defaults(arguments) | {"num_train_epochs": 2.0, "learning_rate": 1e-4}
     defaults |= _preset(arguments)
-    models, config, data, output, training = args.parse("distill", classes, arguments, **defaults)
+    models, config, data, stopping, output, training = args.parse(
+        "distill", classes, arguments, **defaults
+    )
     data.check_training()
     args.check_numbers(training)
+    args.check_choices(training, METRICS)
+    callbacks = stopping.callbacks(training)
     try:
         check_arguments(training, config)
     except ValueError as error:
@@ -137,10 +144,19 @@ def run(arguments: list[str]) -> int:
         data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=Accuracy(),
+        callbacks=callbacks,
     )
-    settings = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
-    args.say(f"distilling with {settings}")
-    train_and_save(trainer, training, resume)
+    shown = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+    args.say(f"distilling with {shown}")
+    settings = run_settings(
+        "distill",
+        model=models,
+        distillation=config,
+        data=data,
+        stopping=stopping,
+        training=training,
+    )
+    train_and_save(trainer, training, resume, settings)
     return 0
 
 

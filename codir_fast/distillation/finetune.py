@@ -12,9 +12,11 @@ from codir_fast.distillation.data import (
     load_examples,
     tokenize,
 )
+from codir_fast.distillation.early_stopping import StoppingArguments
 from codir_fast.distillation.loading import load_classifier, load_tokenizer
+from codir_fast.distillation.run_settings import run_settings
 from codir_fast.distillation.sampling import ResumableTrainer
-from codir_fast.distillation.training import Accuracy, train_and_save
+from codir_fast.distillation.training import METRICS, Accuracy, train_and_save
 
 
 @dataclass
@@ -26,11 +28,21 @@ class FinetuneArguments:
 
 def run(arguments: list[str]) -> int:
     """Reads flags, trains, saves a sequence classifier in transformers' format."""
-    classes = (FinetuneArguments, args.DataArguments, args.OutputArguments, TrainingArguments)
+    classes = (
+        FinetuneArguments,
+        args.DataArguments,
+        StoppingArguments,
+        args.OutputArguments,
+        TrainingArguments,
+    )
     defaults = args.training_defaults(arguments) | {"num_train_epochs": 2.0, "learning_rate": 5e-5}
-    model_args, data, output, training = args.parse("finetune", classes, arguments, **defaults)
+    model_args, data, stopping, output, training = args.parse(
+        "finetune", classes, arguments, **defaults
+    )
     data.check_training()
     args.check_numbers(training)
+    args.check_choices(training, METRICS)
+    callbacks = stopping.callbacks(training)
     args.check_output(training, output)
     resume = args.checkpoint_to_resume(training)
 
@@ -66,6 +78,8 @@ def run(arguments: list[str]) -> int:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=Accuracy(),
+        callbacks=callbacks,
     )
-    train_and_save(trainer, training, resume)
+    parts = {"model": model_args, "data": data, "stopping": stopping, "training": training}
+    train_and_save(trainer, training, resume, run_settings("finetune", **parts))
     return 0

@@ -1,6 +1,7 @@
 """The order of the training examples as a function of seed and epoch alone."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from codir_fast.distillation.checkpointed_trainer import CheckpointedTrainer
+from codir_fast.distillation.model_card import CARD_FILE
 
 
 class SeededByEpoch(Sampler[int]):
@@ -37,7 +39,14 @@ class SeededByEpoch(Sampler[int]):
 
 
 class ResumableTrainer(CheckpointedTrainer):
-    """CheckpointedTrainer that resumes exactly where examples are grouped by length too."""
+    """CheckpointedTrainer that resumes exactly where examples are grouped by length too, and that
+    pushes the model card that is there.
+    """
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's own card, where the folder has none: before a push it would replace any."""
+        if not (Path(str(self.args.output_dir)) / CARD_FILE).exists():
+            super().create_model_card(*args, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         sampler = super()._get_train_sampler(*args, **kwargs)

@@ -10,6 +10,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from codir_fast.distillation.arguments import say
 from codir_fast.distillation.checkpoint import replaced_files
+from codir_fast.distillation.model_card import write_model_card
+from codir_fast.distillation.run_settings import save_settings
+
+METRICS = ("loss", "accuracy")  # of an evaluation in training
 
 
 class Accuracy:
@@ -39,16 +43,23 @@ class Accuracy:
         return result
 
 
-def train_and_save(trainer: Trainer, training: TrainingArguments, resume: str | None) -> None:
-    """Trains, evaluates where there is something to evaluate on, and saves model and metrics."""
+def train_and_save(
+    trainer: Trainer, training: TrainingArguments, resume: str | None, run: dict[str, Any]
+) -> None:
+    """Trains, evaluates where there is something to evaluate on, and saves model, model card,
+    metrics and settings (`run`, see run_settings).
+    """
+    directory = Path(str(training.output_dir))
+    if trainer.is_world_process_zero():
+        save_settings(directory, run)
     result = trainer.train(resume_from_checkpoint=resume)
     metrics: dict[str, Any] = dict(result.metrics)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
+    write_model_card(trainer, run, metrics)
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
-    directory = Path(str(training.output_dir))
     text = json.dumps(metrics, indent=2) + "\n"
     with replaced_files(directory) as files:
         trainer.state.save_to_json(str(files / TRAINER_STATE_NAME))
