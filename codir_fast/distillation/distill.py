@@ -78,7 +78,7 @@ class DistillArguments:
 
 def read_flags(arguments: list[str]) -> tuple[Any, ...]:
     """The dataclasses that `arguments` fill, checked as far as nothing is loaded: DistillArguments,
-    DistillationConfig, DataArguments, OutputArguments, TrainingArguments.
+    DistillationConfig, DataArguments, StoppingArguments, OutputArguments, TrainingArguments.
     """
     classes = (
         DistillArguments,
@@ -96,17 +96,17 @@ def read_flags(arguments: list[str]) -> tuple[Any, ...]:
     data.check_training()
     args.check_numbers(training)
     args.check_choices(training, METRICS)
-    callbacks = stopping.callbacks(training)
+    stopping.check(training)
     try:
         check_arguments(training, config)
     except ValueError as error:
         raise UsageError(f"distill: {error}") from error
-    return models, config, data, output, training
+    return models, config, data, stopping, output, training
 
 
 def run(arguments: list[str]) -> int:
     """Reads flags, distils, saves the student in transformers' format."""
-    models, config, data, output, training = read_flags(arguments)
+    models, config, data, stopping, output, training = read_flags(arguments)
     args.check_output(training, output)
     resume = args.checkpoint_to_resume(training)
 
@@ -144,7 +144,7 @@ def run(arguments: list[str]) -> int:
         data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=Accuracy(),
-        callbacks=callbacks,
+        callbacks=stopping.callbacks(),
     )
     shown = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     args.say(f"distilling with {shown}")

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -39,10 +38,10 @@ class StoppingArguments:
                 f"`early_stopping_threshold` must be 0 or more and finite, got {threshold}"
             )
 
-    def callbacks(self, training: TrainingArguments) -> list[TrainerCallback]:
-        """For Trainer: none where no patience is given."""
+    def check(self, training: TrainingArguments) -> None:
+        """Refuses a patience without evaluations to compare."""
         if self.early_stopping_patience is None:
-            return []
+            return
         if not training.load_best_model_at_end:
             raise UsageError("`early_stopping_patience` needs --load_best_model_at_end True")
         if training.eval_strategy == IntervalStrategy.NO:
@@ -50,18 +49,10 @@ class StoppingArguments:
                 "`early_stopping_patience` needs evaluations, got `eval_strategy` no; give epoch "
                 "or steps, and `validation_file` or `validation_split`"
             )
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """For Trainer: none where no patience is given."""
+        if self.early_stopping_patience is None:
+            return []
         threshold = self.early_stopping_threshold or 0.0
-        return [EarlyStopping(self.early_stopping_patience, threshold)]
-
-
-class EarlyStopping(EarlyStoppingCallback):
-    """Goes on counting from the checkpoint that is resumed. Trainer does so only with
-    --restore_callback_states_from_checkpoint, which also puts the earlier run's patience and
-    threshold in place of those given.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        # A checkpoint of a run without early stopping has no entry, which Trainer would miss.
-        kept = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.early_stopping_patience_counter = kept["attributes"]["early_stopping_patience_counter"]
+        return [EarlyStoppingCallback(self.early_stopping_patience, threshold)]

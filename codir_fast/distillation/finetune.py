@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
     data.check_training()
     args.check_numbers(training)
     args.check_choices(training, METRICS)
-    callbacks = stopping.callbacks(training)
+    stopping.check(training)
     args.check_output(training, output)
     resume = args.checkpoint_to_resume(training)
 
@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=Accuracy(),
-        callbacks=callbacks,
+        callbacks=stopping.callbacks(),
     )
     parts = {"model": model_args, "data": data, "stopping": stopping, "training": training}
     train_and_save(trainer, training, resume, run_settings("finetune", **parts))

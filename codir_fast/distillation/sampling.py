@@ -39,9 +39,14 @@ class SeededByEpoch(Sampler[int]):
 
 
 class ResumableTrainer(CheckpointedTrainer):
-    """CheckpointedTrainer that resumes exactly where examples are grouped by length too, and that
-    pushes the model card that is there.
+    """CheckpointedTrainer that resumes exactly where examples are grouped by length too, trains the
+    same whether it is evaluated or not, and pushes the model card that is there.
     """
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As Trainer's, whose loader of batches would move the random numbers that dropout sees."""
+        with torch.random.fork_rng(devices=()):
+            return super().evaluate(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's own card, where the folder has none: before a push it would replace any."""

@@ -1,0 +1,256 @@
+"""What transformers.Trainer offers holds for finetune and distill: progress, trackers, evaluation,
+early stopping, precision, checkpointing of activations, determinism, batches of like lengths.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers
+from test_trainer import assert_same_state, make_trainer
+
+from codir_fast import DistillationConfig
+from codir_fast.cli import main
+
+FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
+TERMS = ("loss", "ce", "kd", "codir", "pkd")
+DETERMINISM = (
+    "CUDA_LAUNCH_BLOCKING",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "ASCEND_LAUNCH_BLOCKING",
+    "HCCL_DETERMINISTIC",
+    "FLASH_ATTENTION_DETERMINISTIC",
+)
+BEST = ["--load_best_model_at_end", "True", "--learning_rate", "0"]  # no evaluation is better
+
+
+def run(command, folder, output, *flags):
+    models = {
+        "finetune": ["--model_name_or_path", str(folder / "teacher")],
+        "distill": ["--teacher", str(folder / "teacher"), "--student_layers", "2"],
+    }[command]
+    files = ["--train_file", str(folder / "train.csv")]
+    files += ["--validation_file", str(folder / "validation.csv"), "--output_dir", str(output)]
+    return main([command, *models, *files, *FAST, *flags])
+
+
+def log_of(output):
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+def test_progress_shows_every_term(folder, tmp_path, capsys):
+    flags = ["--pkd_weight", "0.5", "--logging_steps", "1"]
+    assert run("distill", folder, tmp_path / "out", *flags) == 0
+    shown = capsys.readouterr()
+    lines = [line for line in shown.out.splitlines() if line.startswith("{'loss'")]
+    assert len(lines) == 3
+    for line, row in zip(lines, log_of(tmp_path / "out"), strict=False):
+        for term in TERMS:
+            assert f"'{term}': '{row[term]:.4g}'" in line
+    assert re.search(r"100%\|█+\| 3/3 \[", shown.err)
+
+
+def test_tensorboard_has_every_term(folder, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--pkd_weight", "0.5", "--logging_steps", "1", "--report_to", "tensorboard"]
+    assert run("distill", folder, tmp_path, *flags) == 0
+    (directory,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(directory)).Reload()
+    history = log_of(tmp_path)
+    for term in TERMS:
+        written = [(event.step, event.value) for event in events.Scalars(f"train/{term}")]
+        logged = [(row["step"], row[term]) for row in history if term in row]
+        assert written == [(step, pytest.approx(value)) for step, value in logged]
+        assert len(written) == 3
+    accuracies = [row["eval_accuracy"] for row in history if "eval_accuracy" in row]
+    written = [event.value for event in events.Scalars("eval/accuracy")]
+    assert written == pytest.approx(accuracies) and written
+
+
+def test_evaluation_changes_nothing_of_the_training(folder, tmp_path):
+    without = make_trainer(folder, tmp_path / "without")  # seeds
+    without.train()
+    evaluated = make_trainer(folder, tmp_path / "with", eval_strategy="steps", eval_steps=2)
+    evaluated.train()
+    assert_same_state(without, evaluated)
+    assert [row["step"] for row in evaluated.state.log_history if "eval_loss" in row] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_early_stopping(command, folder, tmp_path):
+    flags = [*BEST, "--num_train_epochs", "9", "--early_stopping_patience", "2"]
+    assert run(command, folder, tmp_path, *flags) == 0
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["epoch"] == 3 and state["best_global_step"] == 3  # 3 steps an epoch
+
+
+def test_threshold_is_the_least_change_that_counts(folder, tmp_path):
+    # What it has learnt by heart gets better each time, but not by so much.
+    flags = [*BEST, "--learning_rate", "1e-3", "--num_train_epochs", "4"]
+    flags += ["--validation_file", str(folder / "train.csv")]
+    stopping = ["--early_stopping_patience", "1", "--early_stopping_threshold"]
+    for threshold, epochs in (("0.0", 4), ("0.5", 2)):
+        output = tmp_path / threshold
+        assert run("finetune", folder, output, *flags, *stopping, threshold) == 0
+        history = log_of(output)
+        losses = [row["eval_loss"] for row in history if "eval_loss" in row][:epochs]
+        assert losses == sorted(losses, reverse=True)
+        assert history[-1]["epoch"] == epochs
+
+
+@pytest.mark.parametrize(("first", "epochs"), [(["--early_stopping_patience", "3"], 4), ([], 5)])
+def test_resumed_run_goes_on_counting(first, epochs, folder, tmp_path):
+    """Three evaluations without a better one end it: the one of the second epoch counts, where the
+    first run counted at all.
+    """
+    both = [*BEST, "--save_total_limit", "2"]
+    assert run("distill", folder, tmp_path, *both, "--num_train_epochs", "2", *first) == 0
+    flags = [*both, "--num_train_epochs", "9", "--resume_from_checkpoint", "True"]
+    assert run("distill", folder, tmp_path, *flags, "--early_stopping_patience", "3") == 0
+    assert log_of(tmp_path)[-1]["epoch"] == epochs
+
+
+ERRORS = {
+    "no best model": (["--early_stopping_patience", "2"], "needs --load_best_model_at_end True"),
+    "no patience": (
+        ["--early_stopping_patience", "0", *BEST],
+        "`early_stopping_patience` must be at least 1, got 0",
+    ),
+    "no evaluation": (
+        [*BEST, "--early_stopping_patience", "2", "--eval_strategy", "no"]
+        + ["--save_strategy", "best"],
+        "`early_stopping_patience` needs evaluations, got `eval_strategy` no",
+    ),
+    "evaluations that do not match": (
+        [*BEST, "--early_stopping_patience", "2", "--eval_strategy", "no"],
+        "--load_best_model_at_end requires the save and eval strategy to match",
+    ),
+    "threshold alone": (
+        ["--early_stopping_threshold", "0.1", *BEST],
+        "`early_stopping_threshold` needs `early_stopping_patience`",
+    ),
+    "threshold nan": (
+        ["--early_stopping_patience", "2", "--early_stopping_threshold", "nan", *BEST],
+        "`early_stopping_threshold` must be 0 or more and finite, got nan",
+    ),
+    "unknown metric": (
+        [*BEST, "--metric_for_best_model", "f1"],
+        "`metric_for_best_model` must be one of loss, accuracy, got 'f1'",
+    ),
+    "unknown tracker": (["--report_to", "paper"], "`report_to` must be none, all or of "),
+    "absent tracker": (["--report_to", "comet_ml"], "`report_to` comet_ml needs the package of"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_is_one_line_before_anything_is_written(name, folder, tmp_path, capsys):
+    flags, message = ERRORS[name]
+    for command in ("finetune", "distill"):
+        assert run(command, folder, tmp_path / "out", *flags) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_best_model_by_accuracy_is_the_one_saved(folder, tmp_path):
+    flags = ["--num_train_epochs", "4", "--learning_rate", "0.05"]
+    flags += ["--load_best_model_at_end", "True", "--metric_for_best_model", "accuracy"]
+    assert run("distill", folder, tmp_path, *flags, "--save_total_limit", "9") == 0
+    seen = {row["step"]: row["eval_accuracy"] for row in log_of(tmp_path) if "eval_loss" in row}
+    best = max(seen, key=lambda step: (seen[step], -step))
+    assert len(set(seen.values())) > 1 and best != max(seen)
+    for name in ("model.safetensors", "distillation_state.safetensors"):
+        saved = (tmp_path / f"checkpoint-{best}" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == saved
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["eval_accuracy"] == seen[best]
+
+
+def test_bf16_runs_the_models_in_it_and_keeps_weights_and_bank(folder, tmp_path):
+    trainer = make_trainer(folder, tmp_path, bf16=True)
+    seen = set()
+    for side in (trainer.model.student, trainer.model.teacher):
+        side.classifier.register_forward_hook(lambda *call: seen.add(call[2].dtype))
+    trainer.train()
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    rows = trainer.model.contrast.bank.rows
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+
+
+def test_accumulated_loss_is_the_weighted_sum_of_the_logged_terms(folder, tmp_path):
+    pieces = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(folder, tmp_path, **pieces)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 3
+    for row in rows:
+        weighted = 0.1 * row["ce"] + 0.9 * row["kd"] + 0.1 * row["codir"]
+        assert row["loss"] == pytest.approx(weighted, rel=1e-3)
+
+
+def test_gradient_checkpointing_gives_the_same_weights(folder, tmp_path):
+    """Dropout included: the second forward pass of a layer draws what the first drew."""
+    trainers, calls = [], []
+    config = DistillationConfig(projection_dim=8, pkd_weight=0.5)
+    for name, is_on in (("off", False), ("on", True)):
+        trainer = make_trainer(folder, tmp_path / name, config=config, gradient_checkpointing=is_on)
+        count = []
+        attention = trainer.model.student.bert.encoder.layer[0].attention
+        attention.register_forward_hook(lambda *_, count=count: count.append(1))
+        trainer.train()
+        trainers.append(trainer)
+        calls.append(len(count))
+    assert calls == [6, 12]
+    assert_same_state(*trainers)
+
+
+@pytest.fixture
+def restored_determinism(monkeypatch):
+    """Full determinism is a state of the process: it ends with the test."""
+    for name in DETERMINISM:
+        monkeypatch.setenv(name, "")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+def test_full_determinism_and_seed(folder, tmp_path, restored_determinism):
+    def weights(name, seed):
+        output = tmp_path / name
+        flags = ["--full_determinism", "True", "--seed", seed, "--preset", "official"]
+        assert run("distill", folder, output, *flags) == 0
+        assert torch.are_deterministic_algorithms_enabled()
+        names = ("model.safetensors", "distillation_state.safetensors")
+        return [(output / name).read_bytes() for name in names]
+
+    first = weights("first", "7")
+    assert weights("again", "7") == first
+    other = weights("other", "8")
+    assert all(one != two for one, two in zip(other, first, strict=True))
+
+
+def test_batches_are_of_like_lengths_by_default(folder, tmp_path, monkeypatch):
+    def padding(name, *flags):
+        """Share of the tokens that are padding, in the batches of a run."""
+        masks = []
+        step = transformers.Trainer.training_step
+
+        def seen(self, model, inputs, *args, **kwargs):
+            masks.append(inputs["attention_mask"])
+            return step(self, model, inputs, *args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(transformers.Trainer, "training_step", seen)
+            small = ["--per_device_train_batch_size", "4"]
+            assert run("distill", folder, tmp_path / name, *small, *flags) == 0
+        real = sum(int(mask.sum()) for mask in masks)
+        return 1 - real / sum(mask.numel() for mask in masks)
+
+    grouped = padding("grouped")
+    scattered = padding("random", "--train_sampling_strategy", "random")
+    assert grouped < 0.7 * scattered
