@@ -77,7 +77,7 @@ $(VENV)/.bench: requirements/bench.txt $(VENV)/.packages
 	@touch $@
 
 bench: $(VENV)/.installed $(VENV)/.bench
-	$(BIN)/codir-fast bench --shape all --sweep K B --out benchmarks/results/$(or $(OUT),mine)
+	$(BIN)/codir-fast bench --shape all --sweep K B --train_step 120 --out benchmarks/results/$(or $(OUT),mine)
 
 static-gpu: $(VENV)/.installed
 	$(BIN)/python csrc/static_gate.py --out $(or $(OUT),build/static-gpu)
