@@ -329,7 +329,23 @@ def test_resumed_run_is_bit_equal(folder, tmp_path, name):
         assert_same_tree(after, random_state(torch.device("cpu")))
 
 
-@pytest.mark.parametrize("step", [2, 6], ids=["before it stops", "after"])
+def test_best_model_is_found_in_a_folder_that_was_moved(folder, tmp_path):
+    """By its step: the path in trainer_state.json is not trusted."""
+    settings = STEPS | BEST | {"save_steps": 2, "eval_steps": 2, "save_total_limit": 2}
+    settings |= {"max_steps": 4, "greater_is_better": True}  # the highest loss: the first
+    make_trainer(folder, tmp_path / "run", **settings).train()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    resumed = make_trainer(folder, tmp_path / "moved", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    best = tmp_path / "moved" / "checkpoint-2"
+    assert resumed.state.best_model_checkpoint == str(best)
+    saved = BertForSequenceClassification.from_pretrained(best).state_dict()
+    for name, value in resumed.model.student.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+
+
+@pytest.mark.parametrize("step", [4, 6], ids=["before it stops", "after"])
 def test_early_stopping_counts_on(folder, tmp_path, step):
     def make(name):
         settings = STEPS | BEST | {"save_steps": 2, "eval_steps": 2, "learning_rate": 0.5}
