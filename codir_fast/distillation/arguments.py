@@ -1,18 +1,15 @@
 """Flags of finetune, distill and evaluate, and their reading."""
 
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 
 from codir_fast.distillation.checkpoint import (
     is_leftover,
@@ -21,23 +18,6 @@ from codir_fast.distillation.checkpoint import (
 )
 from codir_fast.distillation.run_settings import RUN_FILE
 from codir_fast.errors import UsageError
-
-# Smallest and largest value of the TrainingArguments that do not check themselves.
-LARGEST = 1e9
-NUMBERS = {
-    "per_device_train_batch_size": (1, LARGEST),
-    "per_device_eval_batch_size": (1, LARGEST),
-    "gradient_accumulation_steps": (1, LARGEST),
-    "num_train_epochs": (0, LARGEST),
-    "learning_rate": (0, LARGEST),
-    "weight_decay": (0, LARGEST),
-    "max_grad_norm": (0, LARGEST),
-    "adam_beta1": (0, 0.999999),
-    "adam_beta2": (0, 0.999999),
-    "adam_epsilon": (0, LARGEST),
-    "dataloader_num_workers": (0, LARGEST),
-    "seed": (0, 2**32 - 1),
-}
 
 
 @dataclass
@@ -49,10 +29,12 @@ class TextArguments:
         default=None, metadata={"help": "Column of second texts, for pairs: question and passage."}
     )
     label_column: str = field(
-        default="label", metadata={"help": "Column of the labels, integers or strings."}
+        default="label",
+        metadata={"help": "Column of the labels: integers, strings, or floats (regression)."},
     )
     max_seq_length: int = field(
-        default=128, metadata={"help": "Tokens of a text that are read, the rest is cut off."}
+        default=128,
+        metadata={"help": "Tokens of a text that are read, no more than the model takes."},
     )
 
     def __post_init__(self) -> None:
@@ -139,18 +121,30 @@ def parse(command: str, classes: tuple[Any, ...], arguments: list[str], **defaul
         )
     except UsageError:
         raise
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise UsageError(f"{command}: {error}") from error
     if unknown:
         raise UsageError(f"{command} has no flag {unknown[0]}; {command} --help lists them")
     return tuple(filled)
 
 
+def given_flags(arguments: list[str]) -> dict[str, str]:
+    """Names of the flags that are written, as fields have them, and what follows each."""
+    given = {}
+    for n, text in enumerate(arguments):
+        name, has_value, value = text.partition("=")
+        if name.startswith("--"):
+            following = "".join(arguments[n + 1 : n + 2])
+            given[name[2:].replace("-", "_")] = value if has_value else following
+    return given
+
+
 def training_defaults(arguments: list[str]) -> dict[str, Any]:
     """What a user of a small classification set expects, where TrainingArguments differ."""
-    validates = any(
-        name.startswith(("--validation_file", "--validation_split")) for name in arguments
-    )
+    given = given_flags(arguments)
+    validates = "validation_file" in given or "validation_split" in given
+    # Trainer takes every metric whose name does not end in loss for one that should be large.
+    is_error = given.get("metric_for_best_model", "").endswith("mse")
     return {
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
@@ -161,49 +155,18 @@ def training_defaults(arguments: list[str]) -> dict[str, Any]:
         "warmup_steps": 0.1,
         "train_sampling_strategy": "group_by_length",
         "dataloader_pin_memory": torch.accelerator.is_available(),  # else it warns on each epoch
-        "output_dir": None,
+        "greater_is_better": False if is_error else None,
+        "output_dir": "",  # else it becomes trainer_output
     }
-
-
-def check_numbers(training: TrainingArguments) -> None:
-    """Refuses numbers that TrainingArguments takes and that fail, or do nothing, later."""
-    for name, (lowest, highest) in NUMBERS.items():
-        value = getattr(training, name)
-        if not lowest <= value <= highest:  # NaN is refused too
-            raise UsageError(f"`{name}` must be in [{lowest}, {highest:.10g}], got {value}")
-
-
-def check_choices(training: TrainingArguments, metrics: Sequence[str]) -> None:
-    """Refuses names that Trainer would refuse after the data are read, or after an epoch.
-
-    Args:
-        metrics: those that an evaluation gives.
-    """
-    best = training.metric_for_best_model
-    if best is not None and best.removeprefix("eval_") not in metrics:
-        raise UsageError(
-            f"`metric_for_best_model` must be one of {', '.join(metrics)}, got {best!r}"
-        )
-    for name in training.report_to or ():
-        if name not in INTEGRATION_TO_CALLBACK:
-            trackers = ", ".join(INTEGRATION_TO_CALLBACK)
-            raise UsageError(f"`report_to` must be none, all or of {trackers}, got {name!r}")
-        if name not in (*get_available_reporting_integrations(), "flyte"):  # it is never listed
-            raise UsageError(f"`report_to` {name} needs the package of that name; pip install it")
 
 
 def check_output(training: TrainingArguments, output: OutputArguments) -> None:
     """Refuses to mix a run with what is there, before anything is written."""
-    if training.output_dir is None:
+    if not training.output_dir:
         raise UsageError("`output_dir` must be given")
     directory = Path(training.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"`output_dir` must be a folder, {directory} is a file")
-    there = next(path for path in (directory, *directory.parents) if os.path.exists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"`output_dir` {directory} can't be made or written: {there} is no folder to write in"
-        )
+    if training.should_save:  # one process of several
+        _check_writable(directory)
     # Settings alone are of a run that ended before its first checkpoint: nothing is lost.
     used = directory.is_dir() and any(
         not is_leftover(path) and path.name != RUN_FILE for path in directory.iterdir()
@@ -213,6 +176,25 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
             f"`output_dir` must be empty, {directory} is not; give --overwrite_output_dir to write "
             "into it or --resume_from_checkpoint to go on"
         )
+
+
+def _check_writable(directory: Path) -> None:
+    """Makes the folder and a file in it, and leaves nothing behind."""
+    missing: list[Path] = []
+    try:
+        missing += [path for path in (directory, *directory.parents) if not path.exists()]
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero in it
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            f"`output_dir` must be a folder to write in, {directory}: {reason}"
+        ) from error
+    finally:
+        for path in missing:
+            with suppress(OSError, ValueError):
+                path.rmdir()
 
 
 def checkpoint_to_resume(training: TrainingArguments) -> str | None:
@@ -225,6 +207,17 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     if str(wanted).lower() == "true":
         return str(last_whole_checkpoint(Path(str(training.output_dir)), say))
     return str(whole_checkpoint(wanted))
+
+
+@contextmanager
+def usage_errors(command: str) -> Iterator[None]:
+    """Tells in one line, and not where, what libraries refuse of what the user gave."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        raise UsageError(f"{command}: {error}") from error
 
 
 def say(message: str) -> None:

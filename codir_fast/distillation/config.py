@@ -19,6 +19,8 @@ CHOICES = {
     "head_init": ("apart", "equal"),
     "contrast_layers": ("joint", "each"),
 }
+# Smallest and largest value; beyond, memory or float64's integers end.
+COUNTS = {"num_negatives": (0, 2**20), "projection_dim": (1, 2**16), "label_bins": (2, 2**20)}
 # What --preset sets, for flags that are not given. The paper's form is that of the defaults; the
 # released code (github.com/intersun/CoDIR) reads the first token of every second layer, keeps a
 # bank of either side, draws 100 rows and weighs CE and KD alike. Fidelity leaves heads and features
@@ -90,10 +92,19 @@ class DistillationConfig:
         default=0.07, metadata={"help": "Temperature of the contrastive term."}
     )
     kd_temperature: float = field(
-        default=2.0, metadata={"help": "Temperature of the teacher's and the student's logits."}
+        default=2.0,
+        metadata={
+            "help": "Temperature of the teacher's and the student's logits; not in regression."
+        },
     )
-    ce_weight: float = field(default=0.1, metadata={"help": "Weight of the labels' cross-entropy."})
-    kd_weight: float = field(default=0.9, metadata={"help": "Weight of the teacher's logits."})
+    ce_weight: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the labels: cross-entropy, in regression squared error."},
+    )
+    kd_weight: float = field(
+        default=0.9,
+        metadata={"help": "Weight of the teacher's logits, in regression squared error to them."},
+    )
     codir_weight: float = field(default=0.1, metadata={"help": "Weight of the contrastive term."})
     pkd_weight: float = field(
         default=0.0,
@@ -129,6 +140,13 @@ class DistillationConfig:
         default="joint",
         metadata={"help": "Layers side by side in one term (joint), or a term for each of them."},
     )
+    label_bins: int = field(
+        default=5,
+        metadata={
+            "help": "In regression: bins of as many training examples each, by label; other_labels "
+            "are those of another bin."
+        },
+    )
     standardize_features: bool = field(
         default=False,
         metadata={
@@ -151,10 +169,10 @@ class DistillationConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}")
-        if self.num_negatives < 0:
-            raise ValueError(f"`num_negatives` must be 0 or more, got {self.num_negatives}")
-        if self.projection_dim < 1:
-            raise ValueError(f"`projection_dim` must be at least 1, got {self.projection_dim}")
+        for name, (lowest, highest) in COUNTS.items():
+            value = getattr(self, name)
+            if not lowest <= value <= highest:
+                raise ValueError(f"`{name}` must be in [{lowest}, {highest}], got {value}")
         for name in ("temperature", "kd_temperature"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):

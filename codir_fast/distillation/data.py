@@ -1,6 +1,7 @@
 """Labelled texts from files or the hub, and their tokens."""
 
-from collections.abc import Iterator
+import csv
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils import logging
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from codir_fast.distillation.arguments import DataArguments, TextArguments
+from codir_fast.distillation.labels import check_label_column
 from codir_fast.errors import UsageError
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -51,9 +53,16 @@ def load_examples(data: DataArguments, seed: int) -> tuple[Dataset, Dataset | No
 
 def check_evaluation(training: TrainingArguments, validation: Dataset | None) -> None:
     strategy = IntervalStrategy(training.eval_strategy)
-    if validation is None and strategy != IntervalStrategy.NO:
+    wanted = "`eval_on_start`" if training.eval_on_start else f"`eval_strategy` {strategy.value}"
+    if validation is None and (strategy != IntervalStrategy.NO or training.eval_on_start):
+        raise UsageError(f"{wanted} needs `validation_file` or `validation_split`")
+
+
+def check_batches(training: TrainingArguments, train: Dataset) -> None:
+    size = training.train_batch_size * training.world_size
+    if training.dataloader_drop_last and len(train) < size:
         raise UsageError(
-            f"`eval_strategy` {strategy.value} needs `validation_file` or `validation_split`"
+            f"`dataloader_drop_last` leaves nothing of {len(train)} examples in batches of {size}"
         )
 
 
@@ -62,12 +71,26 @@ def read_file(name: str, path: str) -> Dataset:
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise UsageError(f"`{name}` must end in {', '.join(FORMATS)}, got {path}")
+    if suffix == ".csv":
+        _check_header(name, path)
     try:
         with _quiet():
             return load_dataset(FORMATS[suffix], data_files=path, split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         raise UsageError(f"`{name}` can't be read as {suffix[1:]}, {path}: {cause}") from error
+
+
+def _check_header(name: str, path: str) -> None:
+    """Refuses columns of one name, of which the reader would rename all but the first."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header = next(csv.reader(file), [])
+    except (OSError, ValueError, csv.Error):
+        return  # the reader tells it
+    twice = [column for column in header if column and header.count(column) > 1]
+    if twice:
+        raise UsageError(f"`{name}` must have one column of a name, {path} has {twice[0]!r} twice")
 
 
 @contextmanager
@@ -113,58 +136,18 @@ def select_columns(examples: Dataset, name: str, data: TextArguments) -> Dataset
     examples = examples.rename_columns({f"given {old}": new for old, new in renamed.items()})
     if len(examples) == 0:
         raise UsageError(f"`{name}` holds no example")
-    for column in set(examples.column_names) - {"label"}:
+    for column in sorted(set(examples.column_names) - {"label"}):
         for row, text in enumerate(examples[column]):
             if not isinstance(text, str):
                 raise UsageError(f"`{name}` must hold texts, row {row} has {text!r}")
-    for row, label in enumerate(examples["label"]):
-        if not isinstance(label, (str, int)):
-            raise UsageError(
-                f"`{name}` must hold integer or string labels (regression is not built yet), "
-                f"row {row} has {label!r}"
-            )
+    check_label_column(examples, name)
     return examples
-
-
-def label_names(examples: Dataset) -> list[str]:
-    """The classes in order, integers by value and strings by alphabet."""
-    feature = examples.features["label"]
-    if hasattr(feature, "names"):  # a data set of the hub that names its classes
-        return list(feature.names)
-    names = [str(label) for label in sorted(set(examples["label"]))]
-    if len(names) < 2:
-        raise UsageError(f"`train_file` must hold at least 2 different labels, got {names}")
-    return names
-
-
-def known_labels(config: PretrainedConfig) -> dict[str, int]:
-    """The classes that a model knows, by name."""
-    return {str(name): int(number) for name, number in (config.label2id or {}).items()}
-
-
-def label_ids(examples: Dataset, name: str, label2id: dict[str, int]) -> list[int]:
-    """The model's number of each example's label.
-
-    A label is looked up by its text; an integer that is no class's name is the number itself.
-    """
-    feature = examples.features["label"]
-    ids = []
-    for row, label in enumerate(examples["label"]):
-        text = feature.int2str(label) if hasattr(feature, "int2str") else str(label)
-        found = label2id.get(text, label if isinstance(label, int) else None)
-        if found is None or not 0 <= found < len(label2id):
-            raise UsageError(
-                f"`{name}` row {row} has the label {text!r}, which the model does not know; it "
-                f"knows {list(label2id)}"
-            )
-        ids.append(found)
-    return ids
 
 
 def tokenize(
     examples: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    labels: list[int],
+    labels: Sequence[int | float],
     max_length: int,
     model_max_length: int,
 ) -> Dataset:

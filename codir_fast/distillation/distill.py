@@ -1,6 +1,5 @@
 """`codir-fast distill`: a smaller student from a fine-tuned teacher, by CoDIR."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,20 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from codir_fast.distillation import arguments as args
 from codir_fast.distillation.config import PRESETS, DistillationConfig
 from codir_fast.distillation.data import (
+    check_batches,
     check_evaluation,
-    known_labels,
-    label_ids,
     load_examples,
     tokenize,
 )
 from codir_fast.distillation.early_stopping import StoppingArguments
+from codir_fast.distillation.labels import read_labels
+from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import (
     load_classifier,
     load_tokenizer,
     load_trained_classifier,
 )
+from codir_fast.distillation.metrics import metrics_for
 from codir_fast.distillation.model import DistillationModel
 from codir_fast.distillation.run_settings import run_settings
 from codir_fast.distillation.student import student_from_teacher
@@ -33,7 +34,8 @@ from codir_fast.distillation.teacher_cache import (
     with_teacher_outputs,
 )
 from codir_fast.distillation.trainer import DistillationTrainer, check_arguments, load_checkpoint
-from codir_fast.distillation.training import METRICS, Accuracy, train_and_save
+from codir_fast.distillation.training import train_and_save
+from codir_fast.distillation.training_checks import check_task_arguments, check_training_arguments
 from codir_fast.errors import UsageError
 
 
@@ -94,13 +96,10 @@ def read_flags(arguments: list[str]) -> tuple[Any, ...]:
         "distill", classes, arguments, **defaults
     )
     data.check_training()
-    args.check_numbers(training)
-    args.check_choices(training, METRICS)
     stopping.check(training)
-    try:
+    check_training_arguments(training)
+    with args.usage_errors("distill"):
         check_arguments(training, config)
-    except ValueError as error:
-        raise UsageError(f"distill: {error}") from error
     return models, config, data, stopping, output, training
 
 
@@ -113,22 +112,18 @@ def run(arguments: list[str]) -> int:
     set_seed(training.seed)
     tokenizer = load_tokenizer("teacher", models.teacher)
     teacher = load_trained_classifier("teacher", models.teacher)
+    check_task_arguments(training, teacher.config)
     train, validation = load_examples(data, training.seed)
     check_evaluation(training, validation)
-    label2id = known_labels(teacher.config)
-    labels = label_ids(train, "train_file", label2id)
-    eval_labels = label_ids(validation, "validation_file", label2id) if validation else []
-    try:
+    check_batches(training, train)
+    labels = read_labels(train, "train_file", teacher.config)
+    eval_labels = read_labels(validation, "validation_file", teacher.config) if validation else []
+    with args.usage_errors("distill"):
         student = _student(models, teacher, config)
         model = DistillationModel(student, teacher, config, torch.tensor(labels))
         if resume is not None:  # Trainer loads it again, after it has made the output folder
             load_checkpoint(model, Path(resume))
-    except ValueError as error:
-        raise UsageError(f"distill: {error}") from error
-    longest = min(
-        getattr(side.config, "max_position_embeddings", data.max_seq_length)
-        for side in (student, teacher)
-    )
+    longest = longest_text(data, tokenizer, student, teacher)
     train_set = tokenize(train, tokenizer, labels, data.max_seq_length, longest)
     eval_set = None
     if validation is not None:
@@ -136,16 +131,17 @@ def run(arguments: list[str]) -> int:
     collator = TeacherCollator(tokenizer)
     if models.cache_teacher:
         train_set = _cached(models, model, train_set, collator, training)
-    trainer = DistillationTrainer(
-        model,
-        training,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        data_collator=collator,
-        processing_class=tokenizer,
-        compute_metrics=Accuracy(),
-        callbacks=stopping.callbacks(),
-    )
+    with args.usage_errors("distill"):
+        trainer = DistillationTrainer(
+            model,
+            training,
+            train_dataset=train_set,
+            eval_dataset=eval_set,
+            data_collator=collator,
+            processing_class=tokenizer,
+            compute_metrics=metrics_for(teacher.config),
+            callbacks=stopping.callbacks(),
+        )
     shown = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     args.say(f"distilling with {shown}")
     settings = run_settings(
@@ -190,19 +186,12 @@ def _cached(
 
 def _preset(arguments: list[str]) -> dict[str, Any]:
     """The settings that --preset names, as defaults of the flags."""
-    given = [text for name, text in _pairs(arguments) if name == "--preset"]
-    if not given:
+    name = args.given_flags(arguments).get("preset")
+    if name is None:
         return {}
-    if given[-1] not in PRESETS:
-        raise UsageError(f"`preset` must be one of {tuple(PRESETS)}, got {given[-1]!r}")
-    return PRESETS[given[-1]]
-
-
-def _pairs(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """Flags and what follows them, written apart or with =."""
-    for n, text in enumerate(arguments):
-        name, has_value, value = text.partition("=")
-        yield name, value if has_value else "".join(arguments[n + 1 : n + 2])
+    if name not in PRESETS:
+        raise UsageError(f"`preset` must be one of {tuple(PRESETS)}, got {name!r}")
+    return PRESETS[name]
 
 
 def _student(
@@ -215,6 +204,7 @@ def _student(
         "student",
         models.student,
         num_labels=teacher.config.num_labels,
+        problem_type=teacher.config.problem_type,
         label2id=teacher.config.label2id,
         id2label=teacher.config.id2label,
         ignore_mismatched_sizes=True,

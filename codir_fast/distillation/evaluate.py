@@ -5,21 +5,18 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from codir_fast.distillation import arguments as args
-from codir_fast.distillation.data import (
-    known_labels,
-    label_ids,
-    read_file,
-    select_columns,
-    tokenize,
-)
+from codir_fast.distillation.data import read_file, select_columns, tokenize
+from codir_fast.distillation.labels import known_labels, read_labels
+from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import load_tokenizer, load_trained_classifier
+from codir_fast.distillation.metrics import output_scores, teacher_scores
+from codir_fast.distillation.objectives import is_regression, label_loss
 from codir_fast.errors import UsageError
 
 RUNS = 3
@@ -41,17 +38,19 @@ class EvaluateArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {self.batch_size}")
+        if not 1 <= self.batch_size < 2**31:
+            raise ValueError(f"`batch_size` must be in [1, 2^31), got {self.batch_size}")
         try:
-            torch.empty(0, device=self.device)
+            torch.ones(1, device=self.device).item()  # meta has no values
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"`device` {self.device!r} can't be used: {error}") from None
+            reason = str(error).split("\n")[0].split(". ")[0]  # the rest is for torch's developers
+            raise ValueError(f"`device` {self.device!r} can't be used: {reason}") from None
 
 
 def run(arguments: list[str]) -> int:
     """Prints one line of JSON: accuracy, n, loss, milliseconds_per_sentence; beside a teacher also
-    agreement and kl.
+    agreement and kl. In regression: mse, pearson, spearman for accuracy; beside a teacher
+    mse_to_teacher and pearson_to_teacher.
     """
     classes = (EvaluateArguments, args.TextArguments)
     options, data = args.parse("evaluate", classes, arguments)
@@ -60,15 +59,13 @@ def run(arguments: list[str]) -> int:
     tokenizer = load_tokenizer("model_name_or_path", name)
     model = load_trained_classifier("model_name_or_path", name)
     examples = select_columns(read_file("test_file", options.test_file), "test_file", data)
-    labels = label_ids(examples, "test_file", known_labels(model.config))
+    labels = read_labels(examples, "test_file", model.config)
     teacher = None
     if options.teacher is not None:
         teacher = load_trained_classifier("teacher", options.teacher)
         _check_teacher(model, teacher, options.teacher)
     sides = [model] if teacher is None else [model, teacher]
-    longest = min(
-        getattr(side.config, "max_position_embeddings", data.max_seq_length) for side in sides
-    )
+    longest = longest_text(data, tokenizer, *sides)
     tokens = tokenize(examples, tokenizer, labels, data.max_seq_length, longest)
     result = evaluate(model, tokens, tokenizer, options.batch_size, options.device, teacher)
     print(json.dumps(result))
@@ -79,12 +76,16 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, name: str) 
     """Both must read the same tokens and name the same classes."""
     for what, ours, theirs in (
         ("vocabulary", model.config.vocab_size, teacher.config.vocab_size),
-        ("labels", known_labels(model.config), known_labels(teacher.config)),
+        ("labels", _labels(model), _labels(teacher)),
     ):
         if ours != theirs:
             raise UsageError(
                 f"`teacher` must have the model's {what}, {ours}, but {name} has {theirs}"
             )
+
+
+def _labels(model: PreTrainedModel) -> dict[str, int] | str:
+    return "one number" if is_regression(model.config) else known_labels(model.config)
 
 
 @torch.inference_mode()
@@ -96,9 +97,9 @@ def evaluate(
     device: str,
     teacher: PreTrainedModel | None = None,
 ) -> dict[str, float]:
-    """Accuracy, n, mean cross-entropy in nats, and milliseconds a sentence of the forward pass; of
-    a teacher's outputs beside the model's: agreement, the share of sentences in which both choose
-    the same class, and kl, the mean of KL(teacher || model) in nats.
+    """What `output_scores` gives, n, the mean loss (cross-entropy in nats, in regression squared
+    error), and milliseconds a sentence of the forward pass; beside a teacher what `teacher_scores`
+    gives too.
 
     Batches are of similar length, so that padding costs little. Each is run RUNS times and its
     fastest run counts: what else the machine did meanwhile is not the model's.
@@ -113,9 +114,9 @@ def evaluate(
     )
     if teacher is not None:
         teacher = teacher.eval().to(device)
-    correct, loss, seconds, agreeing, kl = 0, 0.0, 0.0, 0, 0.0
+    seconds, outputs, labels, expected = 0.0, [], [], []
     for batch in tqdm(loader, desc="Evaluate", unit="batch"):
-        labels = batch.pop("labels").to(device)
+        labels.append(batch.pop("labels"))
         inputs = {name: value.to(device) for name, value in batch.items()}
         runs = []
         for _ in range(RUNS):
@@ -125,21 +126,16 @@ def evaluate(
             _wait(device)
             runs.append(time.perf_counter() - start)
         seconds += min(runs)
-        correct += int((logits.argmax(1) == labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        outputs.append(logits.cpu())
         if teacher is not None:
-            expected = teacher(**inputs).logits.float()
-            agreeing += int((logits.argmax(1) == expected.argmax(1)).sum())
-            ours, theirs = (F.log_softmax(side, dim=1) for side in (logits, expected))
-            kl += float(F.kl_div(ours, theirs, reduction="sum", log_target=True))
-    n = len(lengths)
-    result = {
-        "accuracy": correct / n,
-        "n": n,
-        "loss": loss / n,
-        "milliseconds_per_sentence": 1000 * seconds / n,
+            expected.append(teacher(**inputs).logits.float().cpu())
+    given, wanted = torch.cat(outputs), torch.cat(labels)
+    result = output_scores(given, wanted) | {
+        "n": len(lengths),
+        "loss": float(label_loss(given, wanted)),
+        "milliseconds_per_sentence": 1000 * seconds / len(lengths),
     }
-    return result if teacher is None else result | {"agreement": agreeing / n, "kl": kl / n}
+    return result if teacher is None else result | teacher_scores(given, torch.cat(expected))
 
 
 def _wait(device: str) -> None:

@@ -2,21 +2,30 @@
 
 from dataclasses import dataclass, field
 
-from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorWithPadding,
+    PretrainedConfig,
+    TrainingArguments,
+    set_seed,
+)
 
 from codir_fast.distillation import arguments as args
 from codir_fast.distillation.data import (
+    check_batches,
     check_evaluation,
-    label_ids,
-    label_names,
     load_examples,
     tokenize,
 )
 from codir_fast.distillation.early_stopping import StoppingArguments
+from codir_fast.distillation.labels import new_classifier, read_labels
+from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import load_classifier, load_tokenizer
+from codir_fast.distillation.metrics import metrics_for
+from codir_fast.distillation.objectives import CLASSIFICATION, REGRESSION
 from codir_fast.distillation.run_settings import run_settings
 from codir_fast.distillation.sampling import ResumableTrainer
-from codir_fast.distillation.training import METRICS, Accuracy, train_and_save
+from codir_fast.distillation.training import train_and_save
+from codir_fast.distillation.training_checks import check_task_arguments, check_training_arguments
 
 
 @dataclass
@@ -24,6 +33,20 @@ class FinetuneArguments:
     """The encoder to start from."""
 
     model_name_or_path: str = field(metadata={"help": "Encoder: a folder or a hub name."})
+    problem_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "regression or single_label_classification; by default regression where the "
+            "labels are floats."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.problem_type not in (None, REGRESSION, CLASSIFICATION):
+            raise ValueError(
+                f"`problem_type` must be {REGRESSION} or {CLASSIFICATION}, got "
+                f"{self.problem_type!r}"
+            )
 
 
 def run(arguments: list[str]) -> int:
@@ -40,9 +63,8 @@ def run(arguments: list[str]) -> int:
         "finetune", classes, arguments, **defaults
     )
     data.check_training()
-    args.check_numbers(training)
-    args.check_choices(training, METRICS)
     stopping.check(training)
+    check_training_arguments(training)
     args.check_output(training, output)
     resume = args.checkpoint_to_resume(training)
 
@@ -51,35 +73,30 @@ def run(arguments: list[str]) -> int:
     tokenizer = load_tokenizer("model_name_or_path", name)
     train, validation = load_examples(data, training.seed)
     check_evaluation(training, validation)
-    names = label_names(train)
-    label2id = {label: number for number, label in enumerate(names)}
-    model = load_classifier(
-        "model_name_or_path",
-        name,
-        num_labels=len(names),
-        label2id=label2id,
-        id2label=dict(enumerate(names)),
-        ignore_mismatched_sizes=True,
-    )
-    longest = getattr(model.config, "max_position_embeddings", data.max_seq_length)
+    check_batches(training, train)
+    outputs = new_classifier(train, model_args.problem_type)
+    config = PretrainedConfig(**outputs)
+    check_task_arguments(training, config)
+    given = [(train, read_labels(train, "train_file", config))]
+    if validation is not None:
+        given.append((validation, read_labels(validation, "validation_file", config)))
+    model = load_classifier("model_name_or_path", name, ignore_mismatched_sizes=True, **outputs)
+    longest = longest_text(data, tokenizer, model)
     sets = [
-        None
-        if examples is None
-        else tokenize(
-            examples, tokenizer, label_ids(examples, flag, label2id), data.max_seq_length, longest
-        )
-        for examples, flag in ((train, "train_file"), (validation, "validation_file"))
+        tokenize(examples, tokenizer, labels, data.max_seq_length, longest)
+        for examples, labels in given
     ]
-    trainer = ResumableTrainer(
-        model,
-        training,
-        train_dataset=sets[0],
-        eval_dataset=sets[1],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=Accuracy(),
-        callbacks=stopping.callbacks(),
-    )
+    with args.usage_errors("finetune"):
+        trainer = ResumableTrainer(
+            model,
+            training,
+            train_dataset=sets[0],
+            eval_dataset=None if validation is None else sets[1],
+            data_collator=DataCollatorWithPadding(tokenizer),
+            processing_class=tokenizer,
+            compute_metrics=metrics_for(model.config),
+            callbacks=stopping.callbacks(),
+        )
     parts = {"model": model_args, "data": data, "stopping": stopping, "training": training}
     train_and_save(trainer, training, resume, run_settings("finetune", **parts))
     return 0

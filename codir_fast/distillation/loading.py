@@ -14,6 +14,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
 from codir_fast.distillation.manifest import is_inside
+from codir_fast.distillation.objectives import check_task
 from codir_fast.errors import UsageError
 
 
@@ -27,7 +28,11 @@ def load_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
 
 def load_classifier(flag: str, name: str, **options: Any) -> Any:
     """A sequence classifier; its classifier may be new, where the checkpoint has none."""
-    return _load(flag, name, AutoModelForSequenceClassification, use_safetensors=True, **options)
+    loaded = _load(flag, name, AutoModelForSequenceClassification, use_safetensors=True, **options)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if model.config.is_encoder_decoder:
+        raise UsageError(f"`{flag}` must be an encoder, {name} has a decoder too")
+    return loaded
 
 
 def load_trained_classifier(flag: str, name: str) -> PreTrainedModel:
@@ -38,6 +43,10 @@ def load_trained_classifier(flag: str, name: str) -> PreTrainedModel:
             f"`{flag}` must be a fine-tuned classifier, {name} lacks "
             f"{', '.join(sorted(report['missing_keys']))}; run codir-fast finetune first"
         )
+    try:
+        check_task(flag, model.config)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return model
 
 

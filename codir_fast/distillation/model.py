@@ -12,6 +12,13 @@ from codir_fast.distillation.config import DistillationConfig
 from codir_fast.distillation.contrast import LayerContrast
 from codir_fast.distillation.layer_contrasts import LayerContrasts
 from codir_fast.distillation.layer_mapping import layer_pairs
+from codir_fast.distillation.objectives import (
+    bank_classes,
+    check_settings,
+    check_task,
+    is_regression,
+    label_loss,
+)
 from codir_fast.pooling import pool_hidden_states
 
 STUDENT_PREFIX = "student."
@@ -28,6 +35,10 @@ class DistillationModel(nn.Module):
     the teacher's z of the same text among the bank's rows of other labels (InfoNCE; other forms by
     `config`, see LayerContrast). PKD: distance of the mapped layers, see pkd_loss.
 
+    Where the teacher has one output it is regression: CE is the mean squared error of the student's
+    output with the labels, KD that with the teacher's output (kd_temperature has no meaning), and
+    examples have one label to CoDIR where they are of one bin, see quantile_bins and label_bins.
+
     The teacher is frozen and always in eval mode; it is neither in parameters() nor in state_dict()
     but moves with the module. In eval mode only the student runs: the loss is CE, the bank stays.
 
@@ -35,11 +46,13 @@ class DistillationModel(nn.Module):
         student: sequence classifier to train.
         teacher: fine-tuned sequence classifier that reads the same tokens.
         config: weights, temperatures, layers.
-        bank_labels: (num_examples,) integers, label of each training example; row n of the bank
-            belongs to example n. Needed where codir_weight > 0.
+        bank_labels: (num_examples,) integers, in regression numbers, label of each training
+            example; row n of the bank belongs to example n. Needed where codir_weight > 0.
 
     Source: Sun et al. 2020, Contrastive Distillation on Intermediate Representations, section 3.
     """
+
+    bins: Tensor  # of each training example, in regression
 
     def __init__(
         self,
@@ -54,6 +67,10 @@ class DistillationModel(nn.Module):
                 f"`student` must have the teacher's {teacher.config.num_labels} labels, "
                 f"got {student.config.num_labels}"
             )
+        for name, side in (("student", student), ("teacher", teacher)):
+            check_task(name, side.config)
+        self.is_regression = is_regression(teacher.config)
+        check_settings(config, self.is_regression)
         self.distillation_config = config
         self.student = student
         # In a tuple, so that it is no submodule: not trained, not saved, not wrapped by DDP.
@@ -85,6 +102,9 @@ class DistillationModel(nn.Module):
         if config.codir_weight > 0:
             if bank_labels is None:
                 raise ValueError("`bank_labels` must be given where codir_weight > 0")
+            bank_labels = bank_classes(bank_labels, config, self.is_regression)
+            if self.is_regression:
+                self.register_buffer("bins", bank_labels, persistent=False)
             features = len(pairs) * widths[0], len(pairs) * widths[1]
             self.contrast: LayerContrast | LayerContrasts
             if config.contrast_layers == "each":
@@ -123,7 +143,7 @@ class DistillationModel(nn.Module):
 
         Args:
             input_ids, attention_mask, token_type_ids: (B, T), as the tokenizer gives them.
-            labels: (B,) int64.
+            labels: (B,) int64, in regression numbers.
             index: (B,) int64, number of each example in the training set; needed in training where
                 codir_weight > 0.
             teacher_logits, teacher_features: (B, C) and (B, L*H), what `teacher_outputs` gave for
@@ -135,20 +155,25 @@ class DistillationModel(nn.Module):
             inputs["token_type_ids"] = token_type_ids
         sees_layers = self.training and self.sees_layers
         student = self.student(**inputs, output_hidden_states=sees_layers)
-        ce = F.cross_entropy(student.logits.float(), labels)
+        ce = label_loss(student.logits, labels)
         if not self.training:
             return {"loss": ce, "logits": student.logits}
         terms = {"ce": ce}
         if teacher_logits is None and (sees_layers or config.kd_weight > 0):
             teacher_logits, teacher_features = self.teacher_outputs(**inputs)
         if teacher_logits is not None:
-            terms["kd"] = kd_loss(student.logits, teacher_logits, config.kd_temperature)
+            terms["kd"] = self._kd(student.logits, teacher_logits)
         if sees_layers:
             features = self._pool(student.hidden_states, attention_mask, self.student_layers)
             terms |= self._layer_terms(features, teacher_features, labels, index)
         weights = {name: getattr(config, f"{name}_weight") for name in terms}
         loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(ce))
         return {"loss": loss, "logits": student.logits, **terms}
+
+    def _kd(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.is_regression:
+            return F.mse_loss(student.float(), teacher.float())
+        return kd_loss(student, teacher, self.distillation_config.kd_temperature)
 
     @property
     def sees_layers(self) -> bool:
@@ -182,7 +207,8 @@ class DistillationModel(nn.Module):
                 raise ValueError("`index` must be given in training where codir_weight > 0")
             if self.needs_features:
                 raise ValueError("`standardize_features` needs fit_features before training")
-            terms["codir"] = self.contrast(student, teacher, labels, index)
+            classes = self.bins[index] if self.is_regression else labels
+            terms["codir"] = self.contrast(student, teacher, classes, index)
         if config.pkd_weight > 0:
             terms["pkd"] = pkd_loss(student, teacher, len(self.student_layers))
         return terms

@@ -25,13 +25,14 @@ from tqdm import tqdm
 from codir_fast.distillation import distill
 from codir_fast.distillation.arguments import TextArguments
 from codir_fast.distillation.data import (
-    known_labels,
-    label_ids,
     read_file,
     select_columns,
     tokenize,
 )
+from codir_fast.distillation.labels import read_labels
+from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import load_tokenizer, load_trained_classifier
+from codir_fast.distillation.objectives import is_regression
 from codir_fast.distillation.scores import calibrated_scores, predict
 from codir_fast.distillation.study_report import write_report
 from codir_fast.errors import UsageError
@@ -323,8 +324,12 @@ def classify(model: str, study: Study, split: str) -> tuple[Tensor, Tensor]:
     classifier, tokenizer = load_trained_classifier("model", model), load_tokenizer("model", model)
     name = f"{split}_file"
     examples = select_columns(read_file(name, getattr(study, name)), name, data)
-    labels = label_ids(examples, name, known_labels(classifier.config))
-    longest = getattr(classifier.config, "max_position_embeddings", data.max_seq_length)
+    if is_regression(classifier.config):
+        raise UsageError(
+            f"`model` must be a classifier, {model} is of regression: its scores differ"
+        )
+    labels = read_labels(examples, name, classifier.config)
+    longest = longest_text(data, tokenizer, classifier)
     tokens = tokenize(examples, tokenizer, labels, data.max_seq_length, longest)
     return predict(classifier, tokens, tokenizer), torch.tensor(labels)
 

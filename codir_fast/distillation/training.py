@@ -4,43 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from codir_fast.distillation.arguments import say
 from codir_fast.distillation.checkpoint import replaced_files
 from codir_fast.distillation.model_card import write_model_card
 from codir_fast.distillation.run_settings import save_settings
-
-METRICS = ("loss", "accuracy")  # of an evaluation in training
-
-
-class Accuracy:
-    """Share of examples whose highest logit is at their label.
-
-    Counts up over calls until one asks for the result, as --batch_eval_metrics does; takes lists of
-    batches too, as --eval_do_concat_batches False gives.
-    """
-
-    def __init__(self) -> None:
-        self.correct, self.total = 0, 0
-
-    def __call__(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        logits: Any = prediction.predictions
-        labels: Any = prediction.label_ids
-        if not isinstance(logits, list):
-            logits, labels = [logits], [labels]
-        for rows, wanted in zip(logits, labels, strict=True):
-            scores = torch.as_tensor(rows[0] if isinstance(rows, tuple) else rows)
-            hits = scores.argmax(-1) == torch.as_tensor(wanted, device=scores.device)
-            self.correct += int(hits.sum())
-            self.total += hits.numel()
-        if not compute_result:
-            return {}
-        result = {"accuracy": self.correct / self.total}
-        self.correct, self.total = 0, 0
-        return result
 
 
 def train_and_save(
@@ -64,6 +34,7 @@ def train_and_save(
     with replaced_files(directory) as files:
         trainer.state.save_to_json(str(files / TRAINER_STATE_NAME))
         (files / "metrics.json").write_text(text, encoding="utf-8")
-    if "eval_accuracy" in metrics:
-        say(f"validation accuracy {metrics['eval_accuracy']:.4f}")
+    for name in ("accuracy", "pearson"):
+        if f"eval_{name}" in metrics:
+            say(f"validation {name} {metrics[f'eval_{name}']:.4f}")
     say(f"saved in {directory}")

@@ -13,7 +13,8 @@ from codir_fast import DistillationConfig, DistillationModel
 from codir_fast.cli import main
 from codir_fast.distillation.arguments import DataArguments
 from codir_fast.distillation.config import PRESETS
-from codir_fast.distillation.data import known_labels, label_ids, load_examples, tokenize
+from codir_fast.distillation.data import load_examples, tokenize
+from codir_fast.distillation.labels import read_labels
 from codir_fast.distillation.manifest import MANIFEST, write_manifest
 from codir_fast.distillation.student import student_from_teacher
 from codir_fast.distillation.teacher_cache import (
@@ -35,7 +36,7 @@ def make_teacher(**changes):
 def make_tokens(path, teacher, max_length=16, seed=1):
     write_examples(path, 21, seed=seed)
     examples, _ = load_examples(DataArguments(train_file=str(path)), seed=0)
-    labels = label_ids(examples, "train_file", known_labels(teacher.config))
+    labels = read_labels(examples, "train_file", teacher.config)
     return tokenize(examples, make_tokenizer(), labels, max_length, 32)
 
 
@@ -44,7 +45,7 @@ def make_model(teacher, config=None):
         student_from_teacher(teacher, 2),
         teacher,
         config or DistillationConfig(projection_dim=8),
-        torch.zeros(21, dtype=torch.int64),
+        torch.arange(21) % 2,
     )
 
 

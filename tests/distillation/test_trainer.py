@@ -21,7 +21,8 @@ from codir_fast import DistillationConfig, DistillationModel, DistillationTraine
 from codir_fast.distillation.arguments import DataArguments
 from codir_fast.distillation.checkpoint import written_checkpoint
 from codir_fast.distillation.config import PRESETS
-from codir_fast.distillation.data import known_labels, label_ids, load_examples, tokenize
+from codir_fast.distillation.data import load_examples, tokenize
+from codir_fast.distillation.labels import read_labels
 from codir_fast.distillation.student import student_from_teacher
 from codir_fast.distillation.trainer import STATE_FILE, load_checkpoint
 
@@ -35,7 +36,7 @@ def make_trainer(folder, output, *, config=None, dropout=True, **training):
         teacher.config.hidden_dropout_prob = teacher.config.attention_probs_dropout_prob = 0.0
     tokenizer = make_tokenizer()
     examples, _ = load_examples(DataArguments(train_file=str(folder / "train.csv")), seed=0)
-    labels = label_ids(examples, "train_file", known_labels(teacher.config))
+    labels = read_labels(examples, "train_file", teacher.config)
     model = DistillationModel(
         student_from_teacher(teacher, 2),
         teacher,

@@ -1,0 +1,201 @@
+"""Flags of TrainingArguments that transformers takes and that fail late, or do nothing: refused
+before a model is loaded or anything is written.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.trainer_utils import IntervalStrategy
+
+from codir_fast.distillation.metrics import metric_names
+from codir_fast.distillation.objectives import is_regression
+from codir_fast.errors import UsageError
+
+LARGEST, SMALLEST = 1e9, 1e-9
+# Smallest and largest value of the numbers that do not check themselves; None is not looked at.
+NUMBERS = {
+    "per_device_train_batch_size": (1, LARGEST),
+    "per_device_eval_batch_size": (1, LARGEST),
+    "gradient_accumulation_steps": (1, LARGEST),
+    "num_train_epochs": (0, LARGEST),
+    "learning_rate": (0, LARGEST),
+    "warmup_steps": (0, LARGEST),
+    "weight_decay": (0, LARGEST),
+    "max_grad_norm": (0, LARGEST),
+    "adam_beta1": (0, 0.999999),
+    "adam_beta2": (0, 0.999999),
+    "adam_epsilon": (0, LARGEST),
+    "label_smoothing_factor": (0, 1),
+    "neftune_noise_alpha": (0, LARGEST),
+    "logging_steps": (SMALLEST, LARGEST),
+    "save_steps": (SMALLEST, LARGEST),
+    "eval_steps": (SMALLEST, LARGEST),
+    "save_total_limit": (1, LARGEST),
+    "eval_delay": (0, LARGEST),
+    "eval_accumulation_steps": (1, LARGEST),
+    "dataloader_num_workers": (0, 1024),
+    "dataloader_prefetch_factor": (1, LARGEST),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+}
+REFUSED = {
+    "label_names": "the labels are those of `label_column`",
+    "do_predict": "there is nothing to predict on; codir-fast evaluate does that",
+    "deepspeed": "checkpoints in pieces are not built",
+    "use_liger_kernel": "its kernels are for language models",
+    "bf16_full_eval": "the saved model would be of that precision too",
+    "fp16_full_eval": "the saved model would be of that precision too",
+}
+# Optimizers that are made for one model: without it only the package can be looked for.
+OF_A_MODEL = ("galore", "apollo", "lomo", "adalomo")
+
+
+def check_training_arguments(training: TrainingArguments) -> None:
+    """Raises UsageError for what DistillationTrainer and Trainer can't follow."""
+    _check_numbers(training)
+    for name, reason in REFUSED.items():
+        if getattr(training, name):
+            raise UsageError(f"`{name}` can't be used: {reason}")
+    unknown = set(training.include_for_metrics) - {"inputs", "loss"}
+    if unknown:
+        raise UsageError(f"`include_for_metrics` must be inputs or loss, got {sorted(unknown)}")
+    _check_trackers(training)
+    _check_needs(training)
+    for name, attempt in _attempts(training).items():
+        _try(name, getattr(training, name), attempt)
+    _check_optimizer_arguments(training)
+
+
+def check_task_arguments(training: TrainingArguments, config: PretrainedConfig) -> None:
+    """Raises UsageError for what has no meaning for a model of this configuration."""
+    best, names = training.metric_for_best_model, metric_names(config)
+    if best is not None and best.removeprefix("eval_") not in names:
+        raise UsageError(f"`metric_for_best_model` must be one of {', '.join(names)}, got {best!r}")
+    if is_regression(config) and training.label_smoothing_factor:
+        raise UsageError("`label_smoothing_factor` has no meaning in regression")
+
+
+def _check_numbers(training: TrainingArguments) -> None:
+    for name, (lowest, highest) in NUMBERS.items():
+        value = getattr(training, name)
+        if value is not None and not lowest <= value <= highest:  # NaN is refused too
+            raise UsageError(f"`{name}` must be in [{lowest}, {highest:.10g}], got {value}")
+    if training.max_steps != -1 and not 1 <= training.max_steps <= LARGEST:
+        raise UsageError(
+            f"`max_steps` must be in [1, {LARGEST:.10g}], or -1 for none, got {training.max_steps}"
+        )
+    if training.warmup_steps > 1 and training.warmup_steps % 1:
+        raise UsageError(
+            "`warmup_steps` must be a share of the steps below 1 or a whole number, got "
+            f"{training.warmup_steps}"
+        )
+
+
+def _check_trackers(training: TrainingArguments) -> None:
+    for name in training.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(INTEGRATION_TO_CALLBACK)
+            raise UsageError(f"`report_to` must be none, all or of {known}, got {name!r}")
+        if name not in (*get_available_reporting_integrations(), "flyte"):  # it is never listed
+            raise UsageError(f"`report_to` {name} needs the package of that name; pip install it")
+
+
+def _check_needs(training: TrainingArguments) -> None:
+    """Flags that would be ignored without another one."""
+    evaluates = training.eval_strategy != IntervalStrategy.NO
+    needs_evaluation = "`eval_strategy` epoch or steps, and examples to evaluate on"
+    for name, is_met, needed in (
+        ("eval_steps", training.eval_strategy == IntervalStrategy.STEPS, "`eval_strategy` steps"),
+        ("load_best_model_at_end", evaluates, needs_evaluation),
+        ("metric_for_best_model", evaluates, needs_evaluation),
+        ("greater_is_better", training.metric_for_best_model, "`metric_for_best_model`"),
+        ("fsdp", training.world_size > 1, "several processes: torchrun"),
+        ("fsdp_config", training.fsdp, "`fsdp`"),
+        ("hub_model_id", training.push_to_hub, "`push_to_hub`"),
+        ("dataloader_persistent_workers", training.dataloader_num_workers, "workers"),
+        (
+            "activation_checkpointing_kwargs",
+            training.activation_checkpointing,
+            "`activation_checkpointing`",
+        ),
+    ):
+        given = getattr(training, name)
+        if given is not None and given is not False and not is_met:
+            raise UsageError(f"`{name}` needs {needed}")
+
+
+def _attempts(training: TrainingArguments) -> dict[str, Callable[[], Any]]:
+    """What the trainer will do with flags that are given, on something small."""
+    attempts: dict[str, Callable[[], Any]] = {"optim": lambda: _optimizer(training)}
+    if isinstance(training.lr_scheduler_kwargs, str):
+        raise UsageError(
+            "`lr_scheduler_kwargs` must be JSON such as '{\"num_cycles\": 2}', got "
+            f"{training.lr_scheduler_kwargs}"
+        )
+    attempts["lr_scheduler_type"] = lambda: get_scheduler(
+        training.lr_scheduler_type,
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
+        num_warmup_steps=0,
+        num_training_steps=1,
+        scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+    )
+    if training.torch_compile:
+        attempts["torch_compile_backend"] = lambda: torch.compile(
+            nn.Identity(), backend=str(training.torch_compile_backend)
+        )
+        attempts["torch_compile_mode"] = lambda: torch.compile(
+            nn.Identity(), mode=training.torch_compile_mode
+        )
+    if training.activation_checkpointing_kwargs:
+        options = {"use_reentrant": True} | dict(training.activation_checkpointing_kwargs)
+        attempts["activation_checkpointing_kwargs"] = lambda: checkpoint(
+            nn.Identity(), torch.zeros(1), **options
+        )
+    if training.push_to_hub:
+        attempts["push_to_hub"] = lambda: HfApi().whoami(token=training.hub_token)
+    return attempts
+
+
+def _try(name: str, value: Any, attempt: Callable[[], Any]) -> None:
+    try:
+        attempt()
+    except Exception as error:  # of whatever package does it
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UsageError(
+            f"`{name}` {getattr(value, 'value', value)} can't be used: {reason}"
+        ) from error
+
+
+def _optimizer(training: TrainingArguments) -> None:
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(training, None)
+        kind([nn.Parameter(torch.zeros(1))], **options)
+    except ImportError:
+        raise
+    except Exception:
+        if not training.optim.value.startswith(OF_A_MODEL):
+            raise
+
+
+def _check_optimizer_arguments(training: TrainingArguments) -> None:
+    """`optim_args` that `optim` does not look at."""
+    if training.optim_args is None or training.optim.value.startswith(OF_A_MODEL):
+        return
+    without = copy.copy(training)
+    without.optim_args = None
+    both = [Trainer.get_optimizer_cls_and_kwargs(given, None) for given in (training, without)]
+    if both[0] == both[1]:
+        raise UsageError(
+            f"`optim_args` {training.optim_args} is nothing that `optim` {training.optim.value} "
+            "looks at"
+        )

@@ -1,0 +1,684 @@
+"""What finetune, distill and evaluate refuse: one line, exit code 2, nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from datasets import Dataset
+from tiny import tiny_config
+from transformers import BartConfig, BartForSequenceClassification, BertForSequenceClassification
+from transformers.utils.import_utils import is_bitsandbytes_available, is_galore_torch_available
+
+from codir_fast.cli import main
+from codir_fast.distillation.manifest import write_manifest
+
+BASE = {
+    "finetune": {
+        "--model_name_or_path": "FOLDER/teacher",
+        "--train_file": "FOLDER/train.csv",
+        "--output_dir": "out",
+    },
+    "distill": {
+        "--teacher": "FOLDER/teacher",
+        "--student_layers": "2",
+        "--train_file": "FOLDER/train.csv",
+        "--output_dir": "out",
+    },
+    "evaluate": {
+        "--model_name_or_path": "FOLDER/teacher",
+        "--test_file": "FOLDER/validation.csv",
+        "--device": "cpu",
+    },
+}
+VALIDATION = {"--validation_file": "FOLDER/validation.csv"}
+
+# File -> message, as the training file of finetune and distill and the test file of evaluate.
+FILES = {
+    "nowhere.csv": "must be an existing file",
+    "folder.csv": "must be an existing file",
+    "dangling.csv": "must be an existing file",
+    "teacher/config.xml": "must end in .csv, .json, .jsonl, .parquet, got",
+    "unreadable.csv": "can't be read as csv",  # opens, but no byte of it can be read
+    "binary.csv": "can't be read as csv",
+    "nothing.csv": "can't be read as csv",
+    "none.csv": "can't be read as csv",
+    "ragged.csv": "can't be read as csv",
+    "open-quote.csv": "can't be read as csv",
+    "latin-1.csv": "can't be read as csv",
+    "utf-16.csv": "can't be read as csv",
+    "cut.jsonl": "can't be read as jsonl",
+    "number.json": "can't be read as json",
+    "garbled.parquet": "can't be read as parquet",
+    "no-header.csv": "has no column 'text' (`text_column`), its columns are ['w1', 'positive']",
+    "semicolons.csv": "has no column 'text' (`text_column`), its columns are ['text;label']",
+    "twice.csv": "must have one column of a name,",
+    "hole.csv": "must hold texts, row 0",
+    "no-label.csv": "must have a label in each row, row 1 has none",
+    "list.jsonl": "must hold texts or numbers as labels, row 0: ['positive']",
+    "mixed.jsonl": "must hold labels of one kind, row 0 has 'positive' and row 1 has 1",
+}
+
+# Flags of TrainingArguments, for finetune and distill.
+TRAINING = {
+    "text for steps": ({"--max_steps": "many"}, "--max_steps"),
+    "no steps": ({"--max_steps": "0"}, "`max_steps` must be in [1, 1000000000], or -1 for none"),
+    "negative steps": ({"--max_steps": "-5"}, "`max_steps` must be in [1"),
+    "negative epochs": ({"--num_train_epochs": "-1"}, "`num_train_epochs` must be in [0"),
+    "negative rate": ({"--learning_rate": "-1"}, "`learning_rate` must be in [0"),
+    "rate nan": ({"--learning_rate": "nan"}, "`learning_rate` must be in [0"),
+    "infinite decay": ({"--weight_decay": "inf"}, "`weight_decay` must be in [0"),
+    "beta of 1": ({"--adam_beta1": "1"}, "`adam_beta1` must be in [0, 0.999999]"),
+    "negative norm": ({"--max_grad_norm": "-1"}, "`max_grad_norm` must be in [0"),
+    "empty batch": (
+        {"--per_device_train_batch_size": "0"},
+        "`per_device_train_batch_size` must be in [1",
+    ),
+    "empty evaluation batch": (
+        {"--per_device_eval_batch_size": "0"},
+        "`per_device_eval_batch_size` must be in [1",
+    ),
+    "no accumulation": (
+        {"--gradient_accumulation_steps": "0"},
+        "`gradient_accumulation_steps` must be in [1",
+    ),
+    "negative seed": ({"--seed": "-1"}, "`seed` must be in [0, 4294967295]"),
+    "text for a seed": ({"--seed": "text"}, "--seed"),
+    "negative data seed": ({"--data_seed": "-1"}, "`data_seed` must be in [0, 4294967295]"),
+    "negative warm-up": ({"--warmup_steps": "-1"}, "warmup_steps"),
+    "warm-up nan": ({"--warmup_steps": "nan"}, "`warmup_steps` must be in [0"),
+    "broken warm-up": ({"--warmup_steps": "1.5"}, "`warmup_steps` must be a share of the steps"),
+    "negative noise": ({"--neftune_noise_alpha": "-1"}, "`neftune_noise_alpha` must be in [0"),
+    "noise nan": ({"--neftune_noise_alpha": "nan"}, "`neftune_noise_alpha` must be in [0"),
+    "negative smoothing": ({"--label_smoothing_factor": "-1"}, "`label_smoothing_factor`"),
+    "negative save steps": ({"--save_steps": "-5"}, "`save_steps` must be in [1e-09"),
+    "save steps 0": (
+        {"--save_steps": "0", "--save_strategy": "steps"},
+        "`save_steps` must be in [1e-09",
+    ),
+    "save steps nan": ({"--save_steps": "nan"}, "`save_steps` must be in [1e-09"),
+    "broken save steps": ({"--save_steps": "1.5", "--save_strategy": "steps"}, "--save_steps"),
+    "negative log steps": ({"--logging_steps": "-5"}, "`logging_steps` must be in [1e-09"),
+    "no checkpoint kept": ({"--save_total_limit": "0"}, "`save_total_limit` must be in [1"),
+    "unknown save strategy": ({"--save_strategy": "often"}, "--save_strategy"),
+    "unknown scheduler": ({"--lr_scheduler_type": "zigzag"}, "--lr_scheduler_type"),
+    "scheduler without its setting": (
+        {"--lr_scheduler_type": "cosine_with_min_lr"},
+        "`lr_scheduler_type` cosine_with_min_lr can't be used: One of min_lr",
+    ),
+    "scheduler without its steps": (
+        {"--lr_scheduler_type": "warmup_stable_decay"},
+        "`lr_scheduler_type` warmup_stable_decay can't be used",
+    ),
+    "unknown scheduler setting": (
+        {"--lr_scheduler_kwargs": '{"speed": 1}'},
+        "`lr_scheduler_type` linear can't be used",
+    ),
+    "scheduler settings no JSON": ({"--lr_scheduler_kwargs": "fast"}, "must be JSON"),
+    "scheduler settings half JSON": ({"--lr_scheduler_kwargs": "{fast"}, "error: "),
+    "plateau without evaluation": (
+        {"--lr_scheduler_type": "reduce_lr_on_plateau"},
+        "reduce_lr_on_plateau requires an eval strategy",
+    ),
+    "unknown optimizer": ({"--optim": "sgdd"}, "--optim"),
+    "optimizer arguments no pairs": (
+        {"--optim": "sgd", "--optim_args": "momentum"},
+        "`optim` sgd can't be used",
+    ),
+    "optimizer arguments no number": (
+        {"--optim": "sgd", "--optim_args": "momentum=much"},
+        "`optim` sgd can't be used",
+    ),
+    "ignored optimizer arguments": (
+        {"--optim": "adamw_torch", "--optim_args": "momentum=0.9"},
+        "`optim_args` momentum=0.9 is nothing that `optim` adamw_torch looks at",
+    ),
+    "both half precisions": ({"--bf16": "True", "--fp16": "True"}, "At most one of fp16 and bf16"),
+    "half precision evaluation": ({"--fp16_full_eval": "True"}, "`fp16_full_eval` can't be used"),
+    "bfloat16 evaluation": ({"--bf16_full_eval": "True"}, "`bf16_full_eval` can't be used"),
+    "evaluation steps alone": (
+        {"--eval_steps": "5"},
+        "`eval_steps` needs `eval_strategy` steps",
+    ),
+    "evaluation steps with epochs": (
+        VALIDATION | {"--eval_steps": "5", "--eval_strategy": "epoch"},
+        "`eval_steps` needs `eval_strategy` steps",
+    ),
+    "negative evaluation steps": (
+        VALIDATION | {"--eval_steps": "-3", "--eval_strategy": "steps"},
+        "`eval_steps` must be in [1e-09",
+    ),
+    "nothing to evaluate on": (
+        {"--eval_strategy": "epoch"},
+        "`eval_strategy` epoch needs `validation_file` or `validation_split`",
+    ),
+    "nothing to evaluate on at the start": (
+        {"--eval_on_start": "True"},
+        "`eval_on_start` needs `validation_file` or `validation_split`",
+    ),
+    "negative delay": (VALIDATION | {"--eval_delay": "-1"}, "`eval_delay` must be in [0"),
+    "no accumulation of evaluation": (
+        VALIDATION | {"--eval_accumulation_steps": "0"},
+        "`eval_accumulation_steps` must be in [1",
+    ),
+    "best model of no evaluation": (
+        {"--load_best_model_at_end": "True", "--save_strategy": "no"},
+        "`load_best_model_at_end` needs `eval_strategy` epoch or steps",
+    ),
+    "best model of other steps": (
+        VALIDATION | {"--load_best_model_at_end": "True", "--eval_strategy": "steps"},
+        "--load_best_model_at_end requires the save and eval strategy to match",
+    ),
+    "metric of no evaluation": (
+        {"--metric_for_best_model": "accuracy"},
+        "`metric_for_best_model` needs `eval_strategy` epoch or steps",
+    ),
+    "unknown metric": (
+        VALIDATION | {"--load_best_model_at_end": "True", "--metric_for_best_model": "beauty"},
+        "`metric_for_best_model` must be one of",
+    ),
+    "metric of regression": (
+        VALIDATION | {"--metric_for_best_model": "pearson"},
+        "`metric_for_best_model` must be one of loss, accuracy, got 'pearson'",
+    ),
+    "greater without a metric": (
+        VALIDATION | {"--greater_is_better": "True"},
+        "`greater_is_better` needs `metric_for_best_model`",
+    ),
+    "unknown tracker": ({"--report_to": "diary"}, "`report_to`"),
+    "tracker that is not installed": ({"--report_to": "swanlab"}, "`report_to`"),
+    "unknown inputs for metrics": (
+        {"--include_for_metrics": "outputs"},
+        "`include_for_metrics` must be inputs or loss, got ['outputs']",
+    ),
+    "other labels": ({"--label_names": "y"}, "`label_names` can't be used"),
+    "prediction": ({"--do_predict": "True"}, "`do_predict` can't be used"),
+    "deepspeed": ({"--deepspeed": "zero.json"}, "deepspeed"),
+    "fsdp in one process": ({"--fsdp": "full_shard"}, "`fsdp` needs several processes"),
+    "fsdp settings alone": ({"--fsdp_config": "x.json"}, "`fsdp_config` needs `fsdp`"),
+    "kernels that are not installed": (
+        {"--use_liger_kernel": "True"},
+        "`use_liger_kernel` can't be used",
+    ),
+    "hub without network": ({"--push_to_hub": "True"}, "`push_to_hub` True can't be used"),
+    "hub model alone": ({"--hub_model_id": "me/mine"}, "`hub_model_id` needs `push_to_hub`"),
+    "unknown compiler": (
+        {"--torch_compile_backend": "magic"},
+        "`torch_compile_backend` magic can't be used",
+    ),
+    "unknown mode of compilation": (
+        {"--torch_compile_mode": "magic"},
+        "`torch_compile_mode` magic can't be used: Unrecognized mode",
+    ),
+    "unknown argument of checkpointing": (
+        {
+            "--activation_checkpointing": "True",
+            "--activation_checkpointing_kwargs": '{"magic": true}',
+        },
+        "can't be used: Unexpected keyword arguments: magic",
+    ),
+    "arguments of no checkpointing": (
+        {"--activation_checkpointing_kwargs": '{"use_reentrant": true}'},
+        "`activation_checkpointing_kwargs` needs `activation_checkpointing`",
+    ),
+    "accelerator settings nowhere": ({"--accelerator_config": "nowhere.json"}, "nowhere.json"),
+    "unknown accelerator setting": ({"--accelerator_config": '{"magic": 1}'}, "'magic'"),
+    "too many workers": (
+        {"--dataloader_num_workers": "100000"},
+        "`dataloader_num_workers` must be in [0, 1024]",
+    ),
+    "workers that stay": (
+        {"--dataloader_persistent_workers": "True"},
+        "`dataloader_persistent_workers` needs workers",
+    ),
+    "prefetch without workers": (
+        {"--dataloader_prefetch_factor": "2"},
+        "--dataloader_prefetch_factor",
+    ),
+    "no whole batch": (
+        {"--dataloader_drop_last": "True", "--per_device_train_batch_size": "64"},
+        "`dataloader_drop_last` leaves nothing of 48 examples in batches of 64",
+    ),
+    "unknown order": ({"--train_sampling_strategy": "alphabet"}, "--train_sampling_strategy"),
+    "unknown truth": ({"--bf16": "maybe"}, "--bf16"),
+    "unknown debug option": ({"--debug": "everything"}, "--debug"),
+    "unknown flag": ({"--learning_speed": "1"}, "no flag --learning_speed"),
+    "no output": ({"--output_dir": None}, "`output_dir` must be given"),
+    "empty output": ({"--output_dir": ""}, "`output_dir` must be given"),
+    "output is a file": ({"--output_dir": "FOLDER/train.csv"}, "`output_dir` must be a folder"),
+    "output below a file": (
+        {"--output_dir": "FOLDER/train.csv/x"},
+        "`output_dir` must be a folder",
+    ),
+    "output is a device": ({"--output_dir": "/dev/null"}, "`output_dir` must be a folder"),
+    "output in the kernel": ({"--output_dir": "/proc/out"}, "`output_dir` must be a folder"),
+    "output too long": ({"--output_dir": "o" * 300}, "`output_dir` must be a folder"),
+    "output with a zero": ({"--output_dir": "o\0t"}, "`output_dir` must be a folder"),
+    "output is used": ({"--output_dir": "FOLDER/teacher"}, "`output_dir` must be empty"),
+    "no checkpoint": ({"--resume_from_checkpoint": "True"}, "found no checkpoint"),
+    "no checkpoint at all": (
+        {"--resume_from_checkpoint": "FOLDER/teacher"},
+        "`resume_from_checkpoint` must be the folder of a checkpoint",
+    ),
+}
+
+# Flags of the data, for finetune and distill.
+DATA = {
+    "no train file": ({"--train_file": None}, "exactly one of `train_file` and `dataset_name`"),
+    "two sources": ({"--dataset_name": "glue"}, "exactly one of `train_file` and `dataset_name`"),
+    "missing validation file": ({"--validation_file": "no.csv"}, "`validation_file` must be an"),
+    "unknown label to validate": (
+        {"--validation_file": "FOLDER/strange.csv"},
+        "`validation_file` row 1 has the label 'neutral', which the model does not know",
+    ),
+    "floats to validate": (
+        {"--validation_file": "FOLDER/scores.csv"},
+        "`validation_file` must hold integers or texts as labels, for the model is one of classes",
+    ),
+    "no such label column": ({"--label_column": "y"}, "`train_file` has no column 'y'"),
+    "no such pair": ({"--text_pair_column": "b"}, "has no column 'b' (`text_pair_column`)"),
+    "a text with itself": ({"--text_pair_column": "text"}, "`text_pair_column` must not be the"),
+    "a text with its label": (
+        {"--text_pair_column": "label"},
+        "`label_column` must not be the `text_pair_column`",
+    ),
+    "pair of numbers": (
+        {"--train_file": "FOLDER/pairs.csv", "--text_pair_column": "number"},
+        "`train_file` must hold texts, row 0 has 1",
+    ),
+    "one column": ({"--text_column": "label"}, "`label_column` must not be the `text_column`"),
+    "bad split": ({"--validation_split": "1.5"}, "`validation_split` must be in [0, 1)"),
+    "split nan": ({"--validation_split": "nan"}, "`validation_split` must be in [0, 1)"),
+    "nothing left": ({"--validation_split": "0.999"}, "`validation_split` 0.999 of 48 examples"),
+    "no samples": ({"--max_train_samples": "0"}, "`max_train_samples` must be at least 1"),
+    "one class": ({"--train_file": "FOLDER/one-class.csv"}, "at least 2"),
+    "no length": ({"--max_seq_length": "0"}, "`max_seq_length` must be at least 1"),
+    "no room": ({"--max_seq_length": "2"}, "`max_seq_length` must be more than the 2 tokens"),
+    "too long": ({"--max_seq_length": "100"}, "`max_seq_length` must be at most 32"),
+    "much too long": ({"--max_seq_length": "1" + 30 * "0"}, "`max_seq_length` must be at most 32"),
+}
+
+FINETUNE = {
+    "no model": ({"--model_name_or_path": "FOLDER/empty"}, "`model_name_or_path` must be a model"),
+    "no folder": (
+        {"--model_name_or_path": "./no"},
+        "`model_name_or_path` must be a model's folder",
+    ),
+    "no tokenizer": ({"--model_name_or_path": "FOLDER/mute"}, "must have a tokenizer"),
+    "pickled weights": ({"--model_name_or_path": "FOLDER/pickle"}, "no file named model.safe"),
+    "encoder and decoder": ({"--model_name_or_path": "FOLDER/bart"}, "must be an encoder"),
+    "unknown problem": ({"--problem_type": "ranking"}, "`problem_type` must be regression or"),
+    "regression of texts": (
+        {"--problem_type": "regression"},
+        "`train_file` must hold numbers as labels, for the model is one of regression; row 0",
+    ),
+    "regression of truths": (
+        {"--problem_type": "regression", "--train_file": "FOLDER/truths.csv"},
+        "`train_file` must hold numbers as labels",
+    ),
+    "classes of floats": (
+        {"--problem_type": "single_label_classification", "--train_file": "FOLDER/scores.csv"},
+        "`train_file` must hold integers or texts as labels, for the model is one of classes; row "
+        "0 has 0.5",
+    ),
+    "infinite score": (
+        {"--train_file": "FOLDER/infinite.csv"},
+        "`train_file` must hold finite labels, row 2 has inf",
+    ),
+    "score nan": (
+        {"--train_file": "FOLDER/nan.parquet"},
+        "`train_file` must hold finite labels, row 1 has nan",
+    ),
+    "score beyond float32": (
+        {"--train_file": "FOLDER/huge.csv"},
+        "`train_file` must hold finite labels, row 1 has 1e+39",
+    ),
+    "missing score": (
+        {"--train_file": "FOLDER/missing-score.csv"},
+        "`train_file` must have a label in each row, row 1 has none",
+    ),
+    "integer of no class": (
+        {"--train_file": "FOLDER/ranks.csv", "--validation_file": "FOLDER/rank-0.csv"},
+        "`validation_file` row 0 has the label '0', which the model does not know; it knows "
+        "['1', '2', '3']",
+    ),
+    "accuracy of regression": (
+        {
+            "--train_file": "FOLDER/scores.csv",
+            "--validation_file": "FOLDER/scores.csv",
+            "--metric_for_best_model": "accuracy",
+        },
+        "`metric_for_best_model` must be one of loss, mse, pearson, spearman, got 'accuracy'",
+    ),
+    "smoothed scores": (
+        {"--train_file": "FOLDER/scores.csv", "--label_smoothing_factor": "0.1"},
+        "`label_smoothing_factor` has no meaning in regression",
+    ),
+}
+
+DISTILL = {
+    "no model": ({"--teacher": "FOLDER/empty"}, "`teacher` must be a model"),
+    "no folder": ({"--teacher": "./nowhere"}, "`teacher` must be a model's folder or hub name"),
+    "bad model file": ({"--teacher": "FOLDER/garbled"}, "`teacher` can't be loaded from"),
+    "pickled weights": ({"--teacher": "FOLDER/pickle"}, "no file named model.safetensors"),
+    "no tokenizer": ({"--teacher": "FOLDER/mute"}, "`teacher` must have a tokenizer"),
+    "encoder and decoder": ({"--teacher": "FOLDER/bart"}, "`teacher` must be an encoder"),
+    "several labels at once": (
+        {"--teacher": "FOLDER/multi-label"},
+        "`teacher` must be a model of single_label_classification, having 2 labels; its "
+        "`problem_type` is multi_label_classification",
+    ),
+    "two numbers": (
+        {"--teacher": "FOLDER/two-numbers"},
+        "`teacher` must be a model of single_label_classification, having 2 labels; its "
+        "`problem_type` is regression",
+    ),
+    "other student tokens": (
+        {"--student_layers": None, "--student": "FOLDER/other-words"},
+        "`student` must read the teacher's tokens, a vocabulary of 44, got 30",
+    ),
+    "no student": (
+        {"--student_layers": None},
+        "exactly one of `student_layers` and `student` must be given",
+    ),
+    "two students": ({"--student": "FOLDER/teacher"}, "exactly one of `student_layers`"),
+    "too many layers": ({"--student_layers": "9"}, "`student_layers` must be in [1, 4]"),
+    "no layers": ({"--student_layers": "0"}, "`student_layers` must be in [1, 4]"),
+    "not a number": ({"--student_layers": "many"}, "--student_layers"),
+    "unknown mapping": ({"--layer_mapping": "middle"}, "`layer_mapping` must be one of"),
+    "mapping beyond": ({"--layer_mapping": "1:9"}, "`layer_mapping` must stay within 2 student"),
+    "negative weight": ({"--kd_weight": "-1"}, "`kd_weight` must be 0 or more"),
+    "weight nan": ({"--ce_weight": "nan"}, "`ce_weight` must be 0 or more"),
+    "temperature 0": ({"--temperature": "0"}, "`temperature` must be positive"),
+    "temperature nan": ({"--temperature": "nan"}, "`temperature` must be positive"),
+    "unknown preset": (
+        {"--preset": "mine"},
+        "`preset` must be one of ('paper', 'official', 'fidelity')",
+    ),
+    "unknown objective": ({"--objective": "margin"}, "`objective` must be one of"),
+    "unknown positive": ({"--positive": "none"}, "`positive` must be one of"),
+    "unknown negatives": ({"--negatives": "own"}, "`negatives` must be one of"),
+    "fewer than no negatives": ({"--num_negatives": "-1"}, "`num_negatives` must be in [0"),
+    "too many negatives": ({"--num_negatives": "1" + 12 * "0"}, "`num_negatives` must be in [0"),
+    "no projection": ({"--projection_dim": "0"}, "`projection_dim` must be in [1, 65536]"),
+    "too wide a projection": ({"--projection_dim": "1" + 11 * "0"}, "`projection_dim` must be in"),
+    "unknown bank": ({"--bank_init": "full"}, "`bank_init` must be one of"),
+    "momentum 2": ({"--bank_momentum": "2"}, "`bank_momentum` must be in [0, 1]"),
+    "unknown head": ({"--head_init": "same"}, "`head_init` must be one of"),
+    "negative pkd": ({"--pkd_weight": "-1"}, "`pkd_weight` must be 0 or more"),
+    "no loss": ({"--ce_weight=0": "--kd_weight=0", "--codir_weight": "0"}, "no loss is left"),
+    "unknown pooling": ({"--pooling": "sum"}, "`pooling` must be one of"),
+    "label smoothing": ({"--label_smoothing_factor": "0.1"}, "`label_smoothing_factor` is not"),
+    "another checkpoint": (
+        {"--resume_from_checkpoint": "FOLDER/finetuned"},
+        "so that it is of no distillation",
+    ),
+    "unknown label": ({"--train_file": "FOLDER/strange.csv"}, "row 1 has the label 'neutral'"),
+    "truths": ({"--train_file": "FOLDER/truths.csv"}, "row 0 has the label 'True'"),
+    "third class": (
+        {"--train_file": "FOLDER/numbers.csv"},
+        "`train_file` row 2 has the label '2', which the model does not know",
+    ),
+    "scores for a classifier": (
+        {"--train_file": "FOLDER/scores.csv"},
+        "`train_file` must hold integers or texts as labels, for the model is one of classes; row "
+        "0 has 0.5",
+    ),
+    "classes for regression": (
+        {"--teacher": "FOLDER/scorer"},
+        "`train_file` must hold numbers as labels, for the model is one of regression; row 0 has",
+    ),
+    "classes to validate regression": (
+        {"--teacher": "FOLDER/scorer", "--train_file": "FOLDER/scores.csv", **VALIDATION},
+        "`validation_file` must hold numbers as labels",
+    ),
+    "temperature of regression": (
+        {
+            "--teacher": "FOLDER/scorer",
+            "--train_file": "FOLDER/scores.csv",
+            "--kd_temperature": "4",
+        },
+        "`kd_temperature` has no meaning where the teacher is one of regression, got 4",
+    ),
+    "bins of classes": (
+        {"--label_bins": "3"},
+        "`label_bins` has no meaning where the teacher is one of classes, got 3",
+    ),
+    "one bin": ({"--label_bins": "1"}, "`label_bins` must be in [2"),
+    "one score": (
+        {"--teacher": "FOLDER/scorer", "--train_file": "FOLDER/one-score.csv"},
+        "`negatives` other_labels needs training examples of at least 2 labels, all 2 have the",
+    ),
+    "infinite score": (
+        {"--teacher": "FOLDER/scorer", "--train_file": "FOLDER/infinite.csv"},
+        "`train_file` must hold finite labels, row 2 has inf",
+    ),
+    "a wide teacher's layers": (
+        {"--student_layers": None, "--student": "FOLDER/narrow", "--pkd_weight": "1"},
+        "`pkd_weight` > 0 needs a student as wide as the teacher, got hidden sizes 8 and 16",
+    ),
+    "a wide teacher's head": (
+        {"--student_layers": None, "--student": "FOLDER/narrow", "--preset": "fidelity"},
+        "`head_init` equal needs a student as wide as the teacher, got hidden sizes 8 and 16",
+    ),
+    "cache folder alone": ({"--teacher_cache_dir": "c"}, "`teacher_cache_dir` needs `cache_teach"),
+}
+
+EVALUATE = {
+    "no model given": ({"--model_name_or_path": None}, "--model_name_or_path"),
+    "no test file given": ({"--test_file": None}, "--test_file"),
+    "no model": ({"--model_name_or_path": "FOLDER/empty"}, "`model_name_or_path` must be a model"),
+    "bad model file": ({"--model_name_or_path": "FOLDER/garbled"}, "can't be loaded from"),
+    "no tokenizer": ({"--model_name_or_path": "FOLDER/mute"}, "must have a tokenizer"),
+    "no teacher": ({"--teacher": "FOLDER/empty"}, "`teacher` must be a model"),
+    "a teacher of regression": (
+        {"--teacher": "FOLDER/scorer"},
+        "`teacher` must have the model's labels",
+    ),
+    "a teacher of other tokens": (
+        {"--teacher": "FOLDER/other-words"},
+        "`teacher` must have the model's vocabulary, 44, but",
+    ),
+    "several labels at once": (
+        {"--model_name_or_path": "FOLDER/multi-label"},
+        "`model_name_or_path` must be a model of single_label_classification",
+    ),
+    "unknown label": ({"--test_file": "FOLDER/strange.csv"}, "row 1 has the label 'neutral'"),
+    "scores for a classifier": (
+        {"--test_file": "FOLDER/scores.csv"},
+        "`test_file` must hold integers or texts as labels, for the model is one of classes",
+    ),
+    "classes for regression": (
+        {"--model_name_or_path": "FOLDER/scorer"},
+        "`test_file` must hold numbers as labels, for the model is one of regression",
+    ),
+    "device without values": ({"--device": "meta"}, "`device` 'meta' can't be used"),
+    "unknown device": ({"--device": "abacus"}, "`device` 'abacus' can't be used"),
+    "device that is not built": ({"--device": "vulkan"}, "`device` 'vulkan' can't be used"),
+    "device that is not there": ({"--device": "cuda:99"}, "`device` 'cuda:99' can't be used"),
+    "empty batch": ({"--batch_size": "0"}, "`batch_size` must be in [1, 2^31)"),
+    "endless batch": ({"--batch_size": "1" + 20 * "0"}, "`batch_size` must be in [1, 2^31)"),
+    "text for a batch": ({"--batch_size": "all"}, "--batch_size"),
+    "too long": ({"--max_seq_length": "100"}, "`max_seq_length` must be at most 32"),
+    "no room": ({"--max_seq_length": "2"}, "`max_seq_length` must be more than the 2 tokens"),
+    "no room for two": (
+        {"--test_file": "FOLDER/two-texts.csv", "--text_pair_column": "b", "--max_seq_length": "3"},
+        "`max_seq_length` must be more than the 3 tokens",
+    ),
+    "no such column": ({"--text_column": "sentence"}, "`test_file` has no column 'sentence'"),
+    "flag of training": ({"--learning_rate": "1"}, "evaluate has no flag --learning_rate"),
+}
+
+CASES = {
+    f"{command}, {name}": (command, changes, message)
+    for command, cases in (
+        ("finetune", TRAINING | DATA | FINETUNE),
+        ("distill", TRAINING | DATA | DISTILL),
+        ("evaluate", EVALUATE),
+    )
+    for name, (changes, message) in cases.items()
+} | {
+    f"{command}, {file}": (command, {f"--{flag}": f"FOLDER/{file}"}, f"`{flag}` {message}")
+    for command, flag in (
+        ("finetune", "train_file"),
+        ("distill", "train_file"),
+        ("evaluate", "test_file"),
+    )
+    for file, message in FILES.items()
+}
+
+
+@pytest.fixture(scope="module")
+def broken(folder, tmp_path_factory):
+    """The tiny folder with models and files that no run should accept."""
+    path = tmp_path_factory.mktemp("broken")
+    shutil.copytree(folder, path, dirs_exist_ok=True)
+    _write_models(path)
+    _write_files(path)
+    return path
+
+
+def _write_models(path: Path) -> None:
+    (path / "empty").mkdir()
+    for name in ("garbled", "mute", "finetuned", "pickle"):
+        shutil.copytree(path / "teacher", path / name)
+    (path / "garbled" / "model.safetensors").write_bytes(b"no tensors at all")
+    for file in (path / "mute").glob("tokenizer*"):
+        file.unlink()
+    (path / "finetuned" / "trainer_state.json").write_text("{}")
+    write_manifest(path / "finetuned", order=0)
+    (path / "pickle" / "model.safetensors").unlink()
+    torch.save({}, path / "pickle" / "pytorch_model.bin")
+    one = {"id2label": {0: "score"}, "label2id": {"score": 0}}
+    for name, changes in {
+        "scorer": one,
+        "multi-label": {"problem_type": "multi_label_classification"},
+        "two-numbers": {"problem_type": "regression"},
+        "other-words": {"vocab_size": 30},
+        "narrow": {"hidden_size": 8, "num_hidden_layers": 2},
+    }.items():
+        shutil.copytree(path / "mute", path / name)
+        shutil.copy(path / "teacher" / "tokenizer.json", path / name)
+        shutil.copy(path / "teacher" / "tokenizer_config.json", path / name)
+        BertForSequenceClassification(tiny_config(**changes)).save_pretrained(path / name)
+    shutil.copytree(path / "teacher", path / "bart")
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 44}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers = {"encoder_layers": 2, "decoder_layers": 2}
+    bart = BartConfig(**sizes, **heads, **layers, pad_token_id=0, eos_token_id=3, num_labels=2)
+    BartForSequenceClassification(bart).save_pretrained(path / "bart")
+
+
+def _write_files(path: Path) -> None:
+    (path / "folder.csv").mkdir()
+    (path / "dangling.csv").symlink_to(path / "nowhere.csv")
+    (path / "unreadable.csv").symlink_to("/proc/self/mem")
+    (path / "teacher" / "config.xml").write_text("<a/>")
+    for name, data in {
+        "binary.csv": bytes(range(256)) * 10,
+        "nothing.csv": b"",
+        "latin-1.csv": "text,label\nw1 ü,positive\nw2,negative\n".encode("latin-1"),
+        "utf-16.csv": "text,label\nw1,positive\nw2,negative\n".encode("utf-16"),
+        "garbled.parquet": b"PAR1, no more",
+    }.items():
+        (path / name).write_bytes(data)
+    for name, rows in {
+        "none": "",
+        "ragged": "w1,positive\nw2,negative,more\n",
+        "open-quote": '"w1,positive\nw2,negative\n',
+        "strange": "w1,positive\nw2,neutral\n",
+        "hole": ",positive\nw2,negative\n",
+        "no-label": "w1,positive\nw2,\n",
+        "scores": "w1,0.5\nw2,1.5\nw3,0.25\n",
+        "infinite": "w1,0.5\nw2,1.5\nw3,inf\n",
+        "huge": "w1,0.5\nw2,1e39\n",
+        "missing-score": "w1,0.5\nw2,\n",
+        "one-score": "w1,0.5\nw2,0.5\n",
+        "one-class": "w1,positive\nw2,positive\n",
+        "truths": "w1,True\nw2,False\n",
+        "numbers": "w1,0\nw2,1\nw3,2\n",
+        "ranks": "w1,1\nw2,2\nw3,3\n",
+        "rank-0": "w1,0\nw2,1\n",
+    }.items():
+        (path / f"{name}.csv").write_text(f"text,label\n{rows}")
+    (path / "no-header.csv").write_text("w1,positive\nw2,negative\n")
+    (path / "semicolons.csv").write_text("text;label\nw1;positive\nw2;negative\n")
+    (path / "twice.csv").write_text("text,label,text\nw1,positive,w2\nw2,negative,w3\n")
+    (path / "pairs.csv").write_text("text,number,label\nw1,1,positive\nw2,2,negative\n")
+    (path / "two-texts.csv").write_text("text,b,label\nw1,w2,positive\nw2,w3,negative\n")
+    (path / "cut.jsonl").write_text('{"text": "w1", "label": "positive"}\n{"text": ')
+    (path / "number.json").write_text("5")
+    rows = [{"text": "w1", "label": ["positive"]}, {"text": "w2", "label": ["negative"]}]
+    (path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"text": "w1", "label": "positive"}, {"text": "w2", "label": 1}]
+    (path / "mixed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Dataset.from_dict({"text": ["w1", "w2"], "label": [0.5, float("nan")]}).to_parquet(
+        path / "nan.parquet"
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_error_is_one_line_with_exit_code_2(name, broken, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    command, changes, message = CASES[name]
+    given = BASE[command] | changes
+    arguments = [part for pair in given.items() if pair[1] is not None for part in pair]
+    arguments = [part.replace("FOLDER", str(broken)) for part in arguments]
+    if command != "evaluate":
+        arguments.append("--use_cpu")
+    before = sorted(broken.rglob("*"))
+    assert main([command, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("codir-fast: error: ") and error.count("\n") == 1
+    assert message in error
+    assert len(error) < 1000
+    assert list(tmp_path.iterdir()) == [] and sorted(broken.rglob("*")) == before
+
+
+def test_there_are_enough_cases_of_each_command():
+    assert len(CASES) > 250
+    for command in BASE:
+        assert sum(case[0] == command for case in CASES.values()) > 40
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "is_there"),
+    [("adamw_8bit", is_bitsandbytes_available), ("galore_adamw", is_galore_torch_available)],
+)
+def test_optimizer_of_a_missing_package(optimizer, is_there, folder, tmp_path, capsys):
+    if is_there():
+        pytest.skip(f"the package of {optimizer} is installed")
+    arguments = ["--model_name_or_path", str(folder / "teacher"), "--optim", optimizer, "--use_cpu"]
+    files = ["--train_file", str(folder / "train.csv"), "--output_dir", str(tmp_path / "out")]
+    assert main(["finetune", *arguments, *files]) == 2
+    assert f"`optim` {optimizer} can't be used: You need to install" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_error_of_a_process_is_one_line(folder, tmp_path):
+    """Whatever libraries print by themselves on the way."""
+    arguments = ["finetune", "--model_name_or_path", str(folder / "teacher")]
+    arguments += ["--train_file", str(folder / "train.csv"), "--output_dir", "out", "--use_cpu"]
+    arguments += ["--max_seq_length", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "codir_fast", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("codir-fast: error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_byte_order_mark_and_unicode_are_read(folder, tmp_path):
+    rows = "text,label\nw1 ü 中,positive\nw2,negative\n" * 1
+    (tmp_path / "bom.csv").write_bytes(("\ufeff" + rows).encode())
+    arguments = ["--model_name_or_path", str(folder / "teacher"), "--use_cpu"]
+    files = ["--train_file", str(tmp_path / "bom.csv"), "--output_dir", str(tmp_path / "out")]
+    assert main(["finetune", *arguments, *files, "--max_steps", "1"]) == 0
