@@ -97,6 +97,10 @@ def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:
         return kind.from_pretrained(
             name, trust_remote_code=False, local_files_only=is_folder, **options
         )
+    except RuntimeError as error:
+        raise UsageError(
+            f"`{flag}` {name} has weights of other sizes than its config.json"
+        ) from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"`{flag}` can't be loaded from {name}: {first}") from error

@@ -366,6 +366,10 @@ DISTILL = {
     "bad model file": ({"--teacher": "FOLDER/garbled"}, "`teacher` can't be loaded from"),
     "pickled weights": ({"--teacher": "FOLDER/pickle"}, "no file named model.safetensors"),
     "no tokenizer": ({"--teacher": "FOLDER/mute"}, "`teacher` must have a tokenizer"),
+    "weights that do not fit": (
+        {"--teacher": "FOLDER/misfit"},
+        "misfit has weights of other sizes than its config.json",
+    ),
     "encoder and decoder": ({"--teacher": "FOLDER/bart"}, "`teacher` must be an encoder"),
     "several labels at once": (
         {"--teacher": "FOLDER/multi-label"},
@@ -544,9 +548,12 @@ def broken(folder, tmp_path_factory):
 
 def _write_models(path: Path) -> None:
     (path / "empty").mkdir()
-    for name in ("garbled", "mute", "finetuned", "pickle"):
+    for name in ("garbled", "mute", "finetuned", "pickle", "misfit"):
         shutil.copytree(path / "teacher", path / name)
     (path / "garbled" / "model.safetensors").write_bytes(b"no tensors at all")
+    config = json.loads((path / "teacher" / "config.json").read_text())
+    names = {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    (path / "misfit" / "config.json").write_text(json.dumps(config | names))
     for file in (path / "mute").glob("tokenizer*"):
         file.unlink()
     (path / "finetuned" / "trainer_state.json").write_text("{}")
@@ -569,7 +576,7 @@ def _write_models(path: Path) -> None:
     sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 44}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     layers = {"encoder_layers": 2, "decoder_layers": 2}
-    bart = BartConfig(**sizes, **heads, **layers, pad_token_id=0, eos_token_id=3, num_labels=2)
+    bart = BartConfig(**sizes, **heads, **layers, pad_token_id=0, eos_token_id=3, num_labels=3)
     BartForSequenceClassification(bart).save_pretrained(path / "bart")
 
 
