@@ -450,11 +450,12 @@ def test_a_feature_that_never_moves_becomes_0():
 @pytest.mark.parametrize("settings", [{}, PRESETS["fidelity"], PRESETS["official"]], ids=str)
 def test_a_term_for_each_layer_is_the_mean_of_terms_of_one_layer(settings):
     torch.manual_seed(1)
-    each = make(contrast_layers="each", **(settings | {"layer_mapping": "1:2,2:4"})).train()
+    each = make(**(settings | {"contrast_layers": "each", "layer_mapping": "1:2,2:4"})).train()
     each.student.eval()
     parts = list(each.contrast.layers)
     for n, (student, teacher) in enumerate(((1, 2), (2, 4))):
-        one = make(**(settings | {"layer_mapping": f"{student}:{teacher}"})).train()
+        mapping = f"{student}:{teacher}"
+        one = make(**(settings | {"contrast_layers": "joint", "layer_mapping": mapping})).train()
         one.student.load_state_dict(each.student.state_dict())
         one._teacher = each._teacher
         one.student.eval()
