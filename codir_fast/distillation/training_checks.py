@@ -16,6 +16,7 @@ from transformers.integrations import (
     get_available_reporting_integrations,
 )
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
 
 from codir_fast.distillation.metrics import metric_names
 from codir_fast.distillation.objectives import is_regression
@@ -136,19 +137,17 @@ def _check_needs(training: TrainingArguments) -> None:
 
 def _attempts(training: TrainingArguments) -> dict[str, Callable[[], Any]]:
     """What the trainer will do with flags that are given, on something small."""
-    attempts: dict[str, Callable[[], Any]] = {"optim": lambda: _optimizer(training)}
-    if isinstance(training.lr_scheduler_kwargs, str):
-        raise UsageError(
-            "`lr_scheduler_kwargs` must be JSON such as '{\"num_cycles\": 2}', got "
-            f"{training.lr_scheduler_kwargs}"
-        )
-    attempts["lr_scheduler_type"] = lambda: get_scheduler(
-        training.lr_scheduler_type,
-        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0),
-        num_warmup_steps=0,
-        num_training_steps=1,
-        scheduler_specific_kwargs=training.lr_scheduler_kwargs,
-    )
+    schedule = _settings(training, "lr_scheduler_kwargs")
+    attempts: dict[str, Callable[[], Any]] = {
+        "optim": lambda: _optimizer(training),
+        "lr_scheduler_type": lambda: get_scheduler(
+            training.lr_scheduler_type,
+            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.learning_rate),
+            num_warmup_steps=0,
+            num_training_steps=10**6,
+            scheduler_specific_kwargs=schedule,
+        ),
+    }
     if training.torch_compile:
         attempts["torch_compile_backend"] = lambda: torch.compile(
             nn.Identity(), backend=str(training.torch_compile_backend)
@@ -156,14 +155,22 @@ def _attempts(training: TrainingArguments) -> dict[str, Callable[[], Any]]:
         attempts["torch_compile_mode"] = lambda: torch.compile(
             nn.Identity(), mode=training.torch_compile_mode
         )
-    if training.activation_checkpointing_kwargs:
-        options = {"use_reentrant": True} | dict(training.activation_checkpointing_kwargs)
+    options = _settings(training, "activation_checkpointing_kwargs")
+    if options:
         attempts["activation_checkpointing_kwargs"] = lambda: checkpoint(
-            nn.Identity(), torch.zeros(1), **options
+            nn.Identity(), torch.zeros(1), **({"use_reentrant": True} | options)
         )
     if training.push_to_hub:
         attempts["push_to_hub"] = lambda: HfApi().whoami(token=training.hub_token)
     return attempts
+
+
+def _settings(training: TrainingArguments, name: str) -> dict[str, Any] | None:
+    """A flag of JSON, which TrainingArguments leaves a text where it does not begin as JSON."""
+    value = getattr(training, name)
+    if isinstance(value, str):
+        raise UsageError(f"`{name}` must be JSON such as '{{\"name\": 2}}', got {value!r}")
+    return value
 
 
 def _try(name: str, value: Any, attempt: Callable[[], Any]) -> None:
@@ -183,19 +190,23 @@ def _optimizer(training: TrainingArguments) -> None:
     except ImportError:
         raise
     except Exception:
-        if not training.optim.value.startswith(OF_A_MODEL):
+        if not _is_of_a_model(training):
             raise
+
+
+def _is_of_a_model(training: TrainingArguments) -> bool:
+    return OptimizerNames(training.optim).value.startswith(OF_A_MODEL)
 
 
 def _check_optimizer_arguments(training: TrainingArguments) -> None:
     """`optim_args` that `optim` does not look at."""
-    if training.optim_args is None or training.optim.value.startswith(OF_A_MODEL):
+    if training.optim_args is None or _is_of_a_model(training):
         return
     without = copy.copy(training)
     without.optim_args = None
     both = [Trainer.get_optimizer_cls_and_kwargs(given, None) for given in (training, without)]
     if both[0] == both[1]:
         raise UsageError(
-            f"`optim_args` {training.optim_args} is nothing that `optim` {training.optim.value} "
-            "looks at"
+            f"`optim_args` {training.optim_args} is nothing that `optim` "
+            f"{OptimizerNames(training.optim).value} looks at"
         )

@@ -114,6 +114,10 @@ TRAINING = {
         {"--lr_scheduler_type": "warmup_stable_decay"},
         "`lr_scheduler_type` warmup_stable_decay can't be used",
     ),
+    "scheduler that ends above its start": (
+        {"--lr_scheduler_type": "polynomial", "--learning_rate": "0"},
+        "`lr_scheduler_type` polynomial can't be used: lr_end",
+    ),
     "unknown scheduler setting": (
         {"--lr_scheduler_kwargs": '{"speed": 1}'},
         "`lr_scheduler_type` linear can't be used",
@@ -220,6 +224,10 @@ TRAINING = {
             "--activation_checkpointing_kwargs": '{"magic": true}',
         },
         "can't be used: Unexpected keyword arguments: magic",
+    ),
+    "checkpointing settings no JSON": (
+        {"--activation_checkpointing": "True", "--activation_checkpointing_kwargs": "fast"},
+        "`activation_checkpointing_kwargs` must be JSON",
     ),
     "arguments of no checkpointing": (
         {"--activation_checkpointing_kwargs": '{"use_reentrant": true}'},
