@@ -321,3 +321,21 @@ def test_a_bad_label_leaves_the_queue_as_it_was():
     with pytest.raises(ValueError, match="`labels`"):
         queue.enqueue(unit(2, 3), torch.tensor([1, 2, 3]))
     assert len(queue) == 2
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+)
+def test_rows_from_elsewhere_are_checked(dtype):
+    keys = torch.cat([5 * torch.randn(40, 24), torch.zeros(1, 24)])
+    queue = queue_of(50, keys, dtype=dtype)
+    bank = codir_fast.IndexedBank(60, 24, dtype=dtype)
+    bank.update(torch.arange(41).repeat(2), torch.cat([keys, keys.flip(0)]))
+    for good in (queue, bank):
+        good.check_rows()
+        factors = good.rows if good.row_scale is None else good.row_scale
+        for change, message in ((1.5, "length 1, got 1.[45]"), (torch.nan, "finite")):
+            changed = copy.deepcopy(good)
+            (changed.rows if good.row_scale is None else changed.row_scale)[7] = factors[7] * change
+            with pytest.raises(ValueError, match=message):
+                changed.check_rows()

@@ -102,8 +102,6 @@ class CheckpointedTrainer(Trainer):
     def _module(self) -> Any:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    # Writing
-
     def write_model(self, directory: Path, state_dict: dict[str, Any] | None = None) -> None:
         """Everything of the model that a checkpoint and the final folder hold."""
         model = self._module()
@@ -168,8 +166,6 @@ class CheckpointedTrainer(Trainer):
     def _random_file(self, directory: str) -> Path:
         return Path(directory) / f"random_state_{self.args.process_index}.safetensors"
 
-    # Reading
-
     def read_model(self, directory: Path) -> None:
         """Takes what `write_model` wrote; raises UsageError where it does not fit."""
         with refusing(directory):
@@ -221,8 +217,6 @@ class CheckpointedTrainer(Trainer):
                 set_random_state(state, device)
                 if state["device"] != device.type:
                     say(f"resumed on {device.type} instead of {state['device']}: not bit-equal")
-
-    # The flow of the training loop
 
     def _init_training_state(
         self, max_steps: Any, steps: Any, epochs: Any, resume_from_checkpoint: Any, trial: Any

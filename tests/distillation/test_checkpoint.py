@@ -332,7 +332,7 @@ def test_resumed_run_is_bit_equal(folder, tmp_path, name):
 def test_best_model_is_found_in_a_folder_that_was_moved(folder, tmp_path):
     """By its step: the path in trainer_state.json is not trusted."""
     settings = STEPS | BEST | {"save_steps": 2, "eval_steps": 2, "save_total_limit": 2}
-    settings |= {"max_steps": 4, "greater_is_better": True}  # the highest loss: the first
+    settings |= {"max_steps": 4, "learning_rate": 0.02}  # so that it gets worse
     make_trainer(folder, tmp_path / "run", **settings).train()
     (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
