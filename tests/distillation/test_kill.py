@@ -53,6 +53,8 @@ class Runner:
         ]
         if checkpoints(output):
             arguments += ["--resume_from_checkpoint", "True"]
+        elif output.exists():
+            arguments += ["--overwrite_output_dir"]
         process = self.context.Process(
             target=killed.run, args=(arguments, str(output), last, str(report))
         )
