@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from codir_fast.distillation.arguments import say
-from codir_fast.distillation.model import INPUTS, DistillationModel
+from codir_fast.distillation.model import DistillationModel
+from codir_fast.distillation.teacher_student import INPUTS
 
 FORMAT = 1  # of the files; another number makes other folders
 COLUMNS = ("teacher_logits", "teacher_features")
