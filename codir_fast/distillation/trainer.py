@@ -3,8 +3,9 @@ the log.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -14,9 +15,10 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from codir_fast.distillation.config import DistillationConfig
+from codir_fast.distillation.config import LayerConfig
 from codir_fast.distillation.model import DistillationModel
 from codir_fast.distillation.sampling import ResumableTrainer
+from codir_fast.distillation.teacher_student import TeacherStudent
 
 STATE_FILE = "distillation_state.safetensors"
 
@@ -34,11 +36,14 @@ class DistillationTrainer(ResumableTrainer):
         NotImplementedError: label smoothing.
     """
 
+    model_class: ClassVar[type[TeacherStudent]] = DistillationModel
+
     def __init__(
-        self, model: DistillationModel, args: TrainingArguments | None = None, **kwargs: Any
+        self, model: TeacherStudent, args: TrainingArguments | None = None, **kwargs: Any
     ) -> None:
-        if not isinstance(model, DistillationModel):
-            raise ValueError(f"`model` must be a DistillationModel, got {type(model).__name__}")
+        if not isinstance(model, self.model_class):
+            wanted = self.model_class.__name__
+            raise ValueError(f"`model` must be a {wanted}, got {type(model).__name__}")
         if args is not None:
             check_arguments(args, model.distillation_config)
         super().__init__(model, args, **kwargs)
@@ -52,11 +57,14 @@ class DistillationTrainer(ResumableTrainer):
     ) -> TrainOutput:
         model = self._distilled()
         if model.needs_features and not resume_from_checkpoint:  # else they come from there
-            batches = self.get_eval_dataloader(self.train_dataset)
             model.to(self.args.device)
-            prepared = (self._prepare_inputs(batch) for batch in batches)
-            model.fit_features(tqdm(prepared, "Standardize", len(batches), leave=False))
+            model.fit_features(self._feature_batches())
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _feature_batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of the training examples that features are standardised over."""
+        for batch in tqdm(self.get_eval_dataloader(self.train_dataset), "Standardize", leave=False):
+            yield self._prepare_inputs(batch)
 
     def compute_loss(
         self,
@@ -79,7 +87,7 @@ class DistillationTrainer(ResumableTrainer):
             self._count = 0
         super().log(logs, start_time)
 
-    def _distilled(self) -> DistillationModel:
+    def _distilled(self) -> TeacherStudent:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -105,7 +113,7 @@ class DistillationTrainer(ResumableTrainer):
         load_checkpoint(self._distilled(), Path(str(self.state.best_model_checkpoint)))
 
 
-def check_arguments(args: TrainingArguments, config: DistillationConfig) -> None:
+def check_arguments(args: TrainingArguments, config: LayerConfig) -> None:
     """Raises what DistillationTrainer raises for arguments that a distillation can't follow."""
     if args.label_smoothing_factor != 0:
         raise NotImplementedError("`label_smoothing_factor` is not built for distillation yet")
@@ -121,7 +129,7 @@ def check_arguments(args: TrainingArguments, config: DistillationConfig) -> None
         )
 
 
-def load_checkpoint(model: DistillationModel, directory: Path) -> None:
+def load_checkpoint(model: TeacherStudent, directory: Path) -> None:
     """Student, heads and bank as they were saved.
 
     Raises:

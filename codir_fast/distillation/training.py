@@ -52,4 +52,6 @@ def train_and_save(trainer: Trainer, training: TrainingArguments, resume: str | 
     (directory / "metrics.json").write_text(text, encoding="utf-8")
     if "eval_accuracy" in metrics:
         say(f"validation accuracy {metrics['eval_accuracy']:.4f}")
+    if "eval_perplexity" in metrics:
+        say(f"validation perplexity {metrics['eval_perplexity']:.2f}")
     say(f"saved in {directory}")
