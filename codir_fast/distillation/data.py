@@ -26,7 +26,7 @@ FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parque
 def load_examples(data: DataArguments, seed: int) -> tuple[Dataset, Dataset | None]:
     """Training and validation examples with the columns text and label, checked."""
     train, validation = load_splits(data, seed)
-    train = select_columns(train, "train_file", data)
+    train = select_columns(first_examples(train, data), "train_file", data)
     if validation is not None:
         validation = select_columns(validation, "validation_file", data)
     return train, validation
@@ -51,9 +51,14 @@ def load_splits(
             )
         parts = train.train_test_split(test_size=held_out, seed=seed)
         train, validation = parts["train"], parts["test"]
-    if data.max_train_samples is not None:
-        train = train.select(range(min(data.max_train_samples, len(train))))
     return train, validation
+
+
+def first_examples(train: Dataset, data: SourceArguments) -> Dataset:
+    """As many as `max_train_samples` says, or all."""
+    if data.max_train_samples is None:
+        return train
+    return train.select(range(min(data.max_train_samples, len(train))))
 
 
 def check_evaluation(training: TrainingArguments, validation: Dataset | None) -> None:

@@ -34,7 +34,7 @@ class PretrainingTrainer(DistillationTrainer):
 
     Evaluation masks the texts as `seed` says, the same way each time, and leaves the generators of
     training as they are. `eval_loss` is MLM over all masked positions of the set, in nats, and
-    `eval_perplexity` its exponential.
+    `eval_perplexity` its exponential; NaN where no token was masked.
 
     Features are standardised over the first 8,192 texts (FEATURE_TEXTS) of the training order,
     masked.
@@ -111,7 +111,7 @@ class PretrainingTrainer(DistillationTrainer):
             torch.manual_seed(self.args.seed)
             output = super().evaluation_loop(*args, **kwargs)
         total, count = self.accelerator.reduce(self._evaluated).tolist()
-        loss = total / max(count, 1)
+        loss = total / count if count else math.nan
         prefix = kwargs.get("metric_key_prefix", "eval")
         perplexity = float(torch.tensor(loss).exp())  # math.exp raises where this is infinite
         assert output.metrics is not None

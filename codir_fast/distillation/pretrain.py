@@ -109,7 +109,7 @@ def run(arguments: list[str]) -> int:
         model,
         training,
         train_dataset=tokenize_texts(train, tokenizer, longest),
-        eval_dataset=tokenize_texts(validation, tokenizer, longest) if validation else None,
+        eval_dataset=None if validation is None else tokenize_texts(validation, tokenizer, longest),
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
     )

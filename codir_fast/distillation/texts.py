@@ -11,6 +11,7 @@ from pyarrow import ArrowInvalid
 from codir_fast.distillation.arguments import CorpusArguments, say
 from codir_fast.distillation.data import (
     FORMATS,
+    first_examples,
     load_from_hub,
     load_splits,
     read_file,
@@ -23,19 +24,20 @@ TEXT_FORMATS = FORMATS | {".txt": "text"}
 STREAM_ERRORS = (ParserError, ArrowInvalid, UnicodeDecodeError)
 
 
-def load_texts(data: CorpusArguments, seed: int) -> tuple[Any, Dataset | None]:
-    """Training and validation texts under the name text, without the blank ones; the training texts
-    are a Dataset or, with `streaming`, an IterableDataset.
+def load_texts(data: CorpusArguments, seed: int) -> tuple[Any, Any]:
+    """Training and validation texts under the name text, without the blank ones; with `streaming`
+    those of training, and of validation where they come from the hub, are an IterableDataset.
     """
     if not data.streaming:
         train, validation = load_splits(data, seed, TEXT_FORMATS)
-        train = _texts(train, "train_file", data.text_column)
-    else:
-        train, validation = _streamed(data, seed), None
-        if data.validation_file is not None:
-            validation = read_file("validation_file", data.validation_file, TEXT_FORMATS)
-    if validation is not None:
-        validation = _texts(validation, "validation_file", data.text_column)
+        train = first_examples(_texts(train, "train_file", data.text_column), data)
+        if validation is not None:
+            validation = _texts(validation, "validation_file", data.text_column)
+        return train, validation
+    train, validation = _streams(data, seed)
+    if data.validation_file is not None:
+        rows = read_file("validation_file", data.validation_file, TEXT_FORMATS)
+        validation = _texts(rows, "validation_file", data.text_column)
     return train, validation
 
 
@@ -68,15 +70,27 @@ def _text_column(rows: Any, columns: list[str], name: str, column: str) -> Any:
     return rows.filter(has_text, with_indices=True, batched=True)
 
 
-def _streamed(data: CorpusArguments, seed: int) -> IterableDataset:
-    """The texts over and over, so that the epoch is always the first one: a resumed run finds its
-    place by the number of batches.
+def _streams(data: CorpusArguments, seed: int) -> tuple[IterableDataset, IterableDataset | None]:
+    """The training texts over and over, so that the epoch is always the first one: a resumed run
+    finds its place by the number of batches. And those of the hub's validation split.
     """
     flag, source = data.source()
     if flag == "dataset_name":
-        rows = load_from_hub(source, data.dataset_config, streaming=True)["train"]
+        splits = load_from_hub(source, data.dataset_config, streaming=True)
     else:
-        rows = read_file(flag, source, TEXT_FORMATS, streaming=True)
+        splits = {"train": read_file(flag, source, TEXT_FORMATS, streaming=True)}
+    train, *others = (
+        _stream(splits[name], flag, source, data)
+        for name in ("train", "validation")
+        if name in splits
+    )
+    if data.max_train_samples is not None:
+        train = train.take(data.max_train_samples)
+    train = train.repeat(None).shuffle(seed=seed, buffer_size=data.shuffle_buffer)
+    return train, others[0] if others else None
+
+
+def _stream(rows: Any, flag: str, source: str, data: CorpusArguments) -> IterableDataset:
     with reading(flag, source):
         first = next(iter(rows), None)
         if first is None:
@@ -84,9 +98,7 @@ def _streamed(data: CorpusArguments, seed: int) -> IterableDataset:
         texts = _text_column(rows, list(first), flag, data.text_column)
         if next(iter(texts), None) is None:
             raise UsageError(f"`{flag}` holds no text")
-    if data.max_train_samples is not None:
-        texts = texts.take(data.max_train_samples)
-    return texts.repeat(None).shuffle(seed=seed, buffer_size=data.shuffle_buffer)
+    return texts
 
 
 @contextmanager
