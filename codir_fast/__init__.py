@@ -23,7 +23,14 @@ from codir_fast.sampling import sample_negatives
 from codir_fast.version import __version__
 
 # Loaded on first use, because they need transformers.
-_DISTILLATION = ("DistillationConfig", "DistillationModel", "DistillationTrainer")
+_DISTILLATION = (
+    "DistillationConfig",
+    "DistillationModel",
+    "DistillationTrainer",
+    "PretrainingConfig",
+    "PretrainingModel",
+    "PretrainingTrainer",
+)
 
 __all__ = [
     "BackendStatus",
@@ -33,6 +40,9 @@ __all__ = [
     "DistillationTrainer",
     "IndexedBank",
     "MemoryQueue",
+    "PretrainingConfig",
+    "PretrainingModel",
+    "PretrainingTrainer",
     "ProjectionHead",
     "__version__",
     "backends",

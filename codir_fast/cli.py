@@ -13,6 +13,7 @@ COMMANDS = {
     "finetune": ("codir_fast.distillation.finetune", "fine-tune an encoder into a teacher"),
     "distill": ("codir_fast.distillation.distill", "distil a teacher into a smaller student"),
     "study": ("codir_fast.distillation.study", "many distillations side by side, from a file"),
+    "pretrain": ("codir_fast.distillation.pretrain", "pre-train a student on plain texts"),
     "evaluate": ("codir_fast.distillation.evaluate", "accuracy and speed of a model, as JSON"),
     "bench": ("codir_fast.benchmarks.run", "speed and memory of the kernels beside their peers"),
     "doctor": ("codir_fast.doctor", "versions, backends, and what to do about what is missing"),

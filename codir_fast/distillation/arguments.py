@@ -1,4 +1,4 @@
-"""Flags of finetune, distill and evaluate, and their reading."""
+"""Flags of the commands that train and evaluate, and their reading."""
 
 import sys
 from collections.abc import Iterator
@@ -21,17 +21,10 @@ from codir_fast.errors import UsageError
 
 
 @dataclass
-class TextArguments:
-    """How texts and labels are read."""
+class PlainTextArguments:
+    """How texts are read."""
 
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
-    text_pair_column: str | None = field(
-        default=None, metadata={"help": "Column of second texts, for pairs: question and passage."}
-    )
-    label_column: str = field(
-        default="label",
-        metadata={"help": "Column of the labels: integers, strings, or floats (regression)."},
-    )
     max_seq_length: int = field(
         default=128,
         metadata={"help": "Tokens of a text that are read, no more than the model takes."},
@@ -40,6 +33,22 @@ class TextArguments:
     def __post_init__(self) -> None:
         if self.max_seq_length < 1:
             raise ValueError(f"`max_seq_length` must be at least 1, got {self.max_seq_length}")
+
+
+@dataclass
+class TextArguments(PlainTextArguments):
+    """How texts and labels are read."""
+
+    text_pair_column: str | None = field(
+        default=None, metadata={"help": "Column of second texts, for pairs: question and passage."}
+    )
+    label_column: str = field(
+        default="label",
+        metadata={"help": "Column of the labels: integers, strings, or floats (regression)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("text_column", "text_pair_column"):
             if getattr(self, name) == self.label_column:
                 raise ValueError(f"`label_column` must not be the `{name}`, {self.label_column!r}")
@@ -50,7 +59,7 @@ class TextArguments:
 
 
 @dataclass
-class DataArguments(TextArguments):
+class SourceArguments:
     """Where the training examples come from."""
 
     train_file: str | None = field(
@@ -66,18 +75,27 @@ class DataArguments(TextArguments):
     dataset_name: str | None = field(
         default=None, metadata={"help": "A data set of the hub, instead of files."}
     )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "The part of that data set, where it has several."}
+    )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use only so many training examples, from the start."}
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 0 <= self.validation_split < 1:
             raise ValueError(f"`validation_split` must be in [0, 1), got {self.validation_split}")
+        if self.dataset_config is not None and self.dataset_name is None:
+            raise ValueError("`dataset_config` needs `dataset_name`")
         if self.max_train_samples is not None and self.max_train_samples < 1:
             raise ValueError(
                 f"`max_train_samples` must be at least 1, got {self.max_train_samples}"
             )
+
+    def source(self) -> tuple[str, str]:
+        """The flag that names the training examples, and what it names."""
+        flag = "train_file" if self.dataset_name is None else "dataset_name"
+        return flag, str(getattr(self, flag))
 
     def check_training(self) -> None:
         """Exactly one source of training examples, and files that exist."""
@@ -85,6 +103,61 @@ class DataArguments(TextArguments):
             raise UsageError("exactly one of `train_file` and `dataset_name` must be given")
         for name in ("train_file", "validation_file"):
             check_file(name, getattr(self, name))
+
+
+@dataclass
+class DataArguments(SourceArguments, TextArguments):
+    """Labelled texts to train on."""
+
+    def __post_init__(self) -> None:
+        TextArguments.__post_init__(self)
+        SourceArguments.__post_init__(self)
+
+
+@dataclass
+class CorpusArguments(SourceArguments, PlainTextArguments):
+    """Texts without labels to train on."""
+
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Texts: a txt file, one a line, or csv, json, jsonl, parquet."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training texts while training, over and over, and shuffle them in a "
+            "buffer: for more than fits on the disk. Needs max_steps."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=10000, metadata={"help": "Texts that a stream is shuffled among."}
+    )
+
+    def __post_init__(self) -> None:
+        PlainTextArguments.__post_init__(self)
+        SourceArguments.__post_init__(self)
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"`shuffle_buffer` must be at least 1, got {self.shuffle_buffer}")
+        if self.streaming and self.validation_split > 0:
+            raise ValueError(
+                "`validation_split` needs all the texts at once, which `streaming` does not have; "
+                "give a `validation_file`"
+            )
+
+    def check_stream(self, training: TrainingArguments) -> None:
+        """Refuses what a stream without an end can't do."""
+        if not self.streaming:
+            return
+        if training.max_steps < 1:
+            raise UsageError("`streaming` needs `max_steps`: a stream has no end")
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(training, name) == "epoch":
+                raise UsageError(f"`{name}` must not be epoch with `streaming`: it has no epochs")
+        if training.train_sampling_strategy != "random":
+            raise UsageError(
+                "`train_sampling_strategy` must be random with `streaming`, whose texts are not "
+                f"known before, got {training.train_sampling_strategy}"
+            )
 
 
 @dataclass

@@ -1,26 +1,14 @@
-"""What a distillation run is made of; every field is also a flag of `codir-fast distill`."""
+"""What a run is made of; every field is also a flag of `codir-fast distill` or `pretrain`."""
 
 import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from codir_fast.distillation.layer_mapping import parse_layer_mapping
 from codir_fast.ops.masked_pool import MODES
 
-FILE_NAME = "distillation.json"
-WEIGHTS = ("ce_weight", "kd_weight", "codir_weight", "pkd_weight")
-CHOICES = {
-    "bank_init": ("empty", "random"),
-    "objective": ("infonce", "nce"),
-    "positive": ("current", "bank"),
-    "negatives": ("other_labels", "all"),
-    "head_init": ("apart", "equal"),
-    "contrast_layers": ("joint", "each"),
-}
-# Smallest and largest value; beyond, memory or float64's integers end.
-COUNTS = {"num_negatives": (0, 2**20), "projection_dim": (1, 2**16), "label_bins": (2, 2**20)}
 # What --preset sets, for flags that are not given. The paper's form is that of the defaults; the
 # released code (github.com/intersun/CoDIR) reads the first token of every second layer, keeps a
 # bank of either side, draws 100 rows and weighs CE and KD alike. Fidelity leaves heads and features
@@ -61,13 +49,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
-class DistillationConfig:
-    """Loss = ce_weight CE + kd_weight KD + codir_weight CoDIR + pkd_weight PKD, and how CoDIR and
-    PKD see the layers.
+Config = TypeVar("Config", bound="LayerConfig")
 
-    Defaults are those of the paper where it gives one; weights of 0 switch a term off, so that CE,
-    CE + KD, CE + KD + PKD and CE + KD + CoDIR are one program.
+
+@dataclass
+class LayerConfig:
+    """What both stages have: KD, CoDIR and PKD, and how CoDIR and PKD see the layers.
+
+    Defaults are those of the paper where it gives one; a weight of 0 switches its term off.
 
     Source: Sun et al. 2020, Contrastive Distillation on Intermediate Representations for Language
         Model Compression, sections 3 and 4.1.
@@ -97,10 +86,6 @@ class DistillationConfig:
             "help": "Temperature of the teacher's and the student's logits; not in regression."
         },
     )
-    ce_weight: float = field(
-        default=0.1,
-        metadata={"help": "Weight of the labels: cross-entropy, in regression squared error."},
-    )
     kd_weight: float = field(
         default=0.9,
         metadata={"help": "Weight of the teacher's logits, in regression squared error to them."},
@@ -110,27 +95,16 @@ class DistillationConfig:
         default=0.0,
         metadata={"help": "Weight of PKD: distance of the mapped layers' pooled unit vectors."},
     )
-    bank_momentum: float = field(
-        default=0.5, metadata={"help": "Share of a bank row that an update keeps, 0 to 1."}
-    )
     bank_init: str = field(
         default="empty",
-        metadata={"help": "Bank rows before their example is seen: empty (no negatives), random."},
+        metadata={"help": "Bank rows before they are written: empty (no negatives), random."},
     )
     objective: str = field(
         default="infonce", metadata={"help": "Of the contrastive term: infonce, nce."}
     )
-    positive: str = field(
-        default="current",
-        metadata={"help": "Key of an example: current (its embedding), bank (its row of before)."},
-    )
-    negatives: str = field(
-        default="other_labels",
-        metadata={"help": "Bank rows that count: other_labels, all (but the example's own row)."},
-    )
     num_negatives: int = field(
         default=0,
-        metadata={"help": "Draw so many of them for each example, with replacement; 0: take all."},
+        metadata={"help": "Draw so many negatives for each example, with replacement; 0: all."},
     )
     both_sides: bool = field(
         default=False,
@@ -139,13 +113,6 @@ class DistillationConfig:
     contrast_layers: str = field(
         default="joint",
         metadata={"help": "Layers side by side in one term (joint), or a term for each of them."},
-    )
-    label_bins: int = field(
-        default=5,
-        metadata={
-            "help": "In regression: bins of as many training examples each, by label; other_labels "
-            "are those of another bin."
-        },
     )
     standardize_features: bool = field(
         default=False,
@@ -162,14 +129,28 @@ class DistillationConfig:
         default=True, metadata={"help": "Train the projection heads, or leave them as they begin."}
     )
 
+    FILE_NAME: ClassVar[str]
+    WEIGHTS: ClassVar[tuple[str, ...]]
+    # Smallest and largest value; beyond, memory or float64's integers end.
+    COUNTS: ClassVar[dict[str, tuple[int, int]]] = {
+        "num_negatives": (0, 2**20),
+        "projection_dim": (1, 2**16),
+    }
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "bank_init": ("empty", "random"),
+        "objective": ("infonce", "nce"),
+        "head_init": ("apart", "equal"),
+        "contrast_layers": ("joint", "each"),
+    }
+
     def __post_init__(self) -> None:
         parse_layer_mapping(self.layer_mapping)
         if self.pooling not in MODES:
             raise ValueError(f"`pooling` must be one of {MODES}, got {self.pooling!r}")
-        for name, choices in CHOICES.items():
+        for name, choices in self.CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}")
-        for name, (lowest, highest) in COUNTS.items():
+        for name, (lowest, highest) in self.COUNTS.items():
             value = getattr(self, name)
             if not lowest <= value <= highest:
                 raise ValueError(f"`{name}` must be in [{lowest}, {highest}], got {value}")
@@ -177,22 +158,102 @@ class DistillationConfig:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}")
-        for name in WEIGHTS:
+        for name in self.WEIGHTS:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be 0 or more and finite, got {value}")
-        if not any(getattr(self, name) for name in WEIGHTS):
-            names = ", ".join(f"`{name}`" for name in WEIGHTS)
+        if not any(getattr(self, name) for name in self.WEIGHTS):
+            names = ", ".join(f"`{name}`" for name in self.WEIGHTS)
             raise ValueError(f"{names} are all 0: no loss is left")
+
+    def save(self, directory: str | Path) -> None:
+        """Writes FILE_NAME, such as distillation.json."""
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        Path(directory, self.FILE_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls: type[Config], directory: str | Path) -> Config:
+        """Reads what `save` wrote."""
+        return cls(**json.loads(Path(directory, cls.FILE_NAME).read_text(encoding="utf-8")))
+
+
+@dataclass
+class DistillationConfig(LayerConfig):
+    """Loss = ce_weight CE + kd_weight KD + codir_weight CoDIR + pkd_weight PKD: the fine-tuning
+    stage. Weights of 0 make CE, CE + KD, CE + KD + PKD and CE + KD + CoDIR one program.
+    """
+
+    ce_weight: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the labels: cross-entropy, in regression squared error."},
+    )
+    positive: str = field(
+        default="current",
+        metadata={"help": "Key of an example: current (its embedding), bank (its row of before)."},
+    )
+    negatives: str = field(
+        default="other_labels",
+        metadata={"help": "Bank rows that count: other_labels, all (but the example's own row)."},
+    )
+    label_bins: int = field(
+        default=5,
+        metadata={
+            "help": "In regression: bins of as many training examples each, by label; other_labels "
+            "are those of another bin."
+        },
+    )
+    bank_momentum: float = field(
+        default=0.5, metadata={"help": "Share of a bank row that an update keeps, 0 to 1."}
+    )
+
+    FILE_NAME = "distillation.json"
+    WEIGHTS = ("ce_weight", "kd_weight", "codir_weight", "pkd_weight")
+    CHOICES = LayerConfig.CHOICES | {
+        "positive": ("current", "bank"),
+        "negatives": ("other_labels", "all"),
+    }
+    COUNTS = LayerConfig.COUNTS | {"label_bins": (2, 2**20)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.bank_momentum <= 1:
             raise ValueError(f"`bank_momentum` must be in [0, 1], got {self.bank_momentum}")
 
-    def save(self, directory: str | Path) -> None:
-        """Writes distillation.json."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        Path(directory, FILE_NAME).write_text(text, encoding="utf-8")
 
-    @classmethod
-    def load(cls, directory: str | Path) -> "DistillationConfig":
-        """Reads distillation.json as written by `save`."""
-        return cls(**json.loads(Path(directory, FILE_NAME).read_text(encoding="utf-8")))
+@dataclass
+class PretrainingConfig(LayerConfig):
+    """Loss = mlm_weight MLM + kd_weight KD + codir_weight CoDIR + pkd_weight PKD: the pre-training
+    stage. MLM and KD are means over the masked positions. With mlm_weight alone it is plain masked
+    language modelling and needs no teacher.
+    """
+
+    mlm_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the masked tokens' cross-entropy."}
+    )
+    kd_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the teacher's logits at the masked tokens; 0 without a teacher."
+        },
+    )
+    mlm_probability: float = field(
+        default=0.15,
+        metadata={
+            "help": "Share of the tokens that are masked: 80 % become the mask token, 10 % another "
+            "token, 10 % stay."
+        },
+    )
+    queue_size: int = field(
+        default=65536,
+        metadata={"help": "Texts whose teacher embeddings are kept as negatives, the newest."},
+    )
+
+    FILE_NAME = "pretraining.json"
+    WEIGHTS = ("mlm_weight", "kd_weight", "codir_weight", "pkd_weight")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.mlm_probability <= 1:
+            raise ValueError(f"`mlm_probability` must be in (0, 1], got {self.mlm_probability}")
+        if self.queue_size < 1:
+            raise ValueError(f"`queue_size` must be at least 1, got {self.queue_size}")

@@ -2,19 +2,21 @@
 of embeddings that hold the negatives.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from codir_fast.distillation.config import DistillationConfig
+from codir_fast.distillation.config import DistillationConfig, LayerConfig, PretrainingConfig
 from codir_fast.losses import ContrastiveLoss
-from codir_fast.memory_bank import IndexedBank
+from codir_fast.memory_bank import IndexedBank, MemoryQueue
 from codir_fast.projection import ProjectionHead
 from codir_fast.sampling import sample_negatives
 
-Moments = tuple[Tensor, Tensor]  # mean and deviation of each feature
+Bank: TypeAlias = IndexedBank | MemoryQueue
+Examples: TypeAlias = dict[str, Tensor]  # what a bank asks of each example, (B,) each
+Moments: TypeAlias = tuple[Tensor, Tensor]  # mean and deviation of each feature
 
 
 class Standardization(nn.Module):
@@ -25,7 +27,7 @@ class Standardization(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, size: int, config: DistillationConfig) -> None:
+    def __init__(self, size: int, config: LayerConfig) -> None:
         super().__init__()
         self.is_used = config.standardize_features
         self._is_set = not self.is_used
@@ -86,23 +88,20 @@ class LayerContrast(nn.Module):
     """CoDIR: a student's embedding z_S must recognise the teacher's z_T of the same text.
 
     z = head(pooled hidden states of the mapped layers, side by side), of unit length; the run may
-    standardise what the head sees. The negatives are rows of a bank with one row per training
-    example, z_T as it last was. With `both_sides` z_T looks for z_S among a bank of those besides,
-    and the term is the mean of the two.
+    standardise what the head sees. The negatives are rows of a bank of z_T, which the subclass
+    chooses. With `both_sides` z_T looks for z_S among a bank of those besides, and the term is the
+    mean of the two.
 
     Args:
         config: how the term is made up.
         widths: features of student and teacher, L*H each.
-        labels: (num_examples,) integers, of the training examples.
+        new_bank: makes a bank.
 
     Source: Sun et al. 2020, Contrastive Distillation on Intermediate Representations, section 3.
     """
 
     def __init__(
-        self,
-        config: DistillationConfig,
-        widths: tuple[int, int],
-        labels: Tensor,
+        self, config: LayerConfig, widths: tuple[int, int], new_bank: Callable[[], Bank]
     ) -> None:
         super().__init__()
         self.config = config
@@ -115,27 +114,19 @@ class LayerContrast(nn.Module):
             head.requires_grad_(config.train_heads)
         self.student_features = Standardization(widths[0], config)
         self.teacher_features = Standardization(widths[1], config)
-        self.bank = self._new_bank(labels)
-        self.student_bank = self._new_bank(labels) if config.both_sides else None
-        self.loss = self._new_loss(len(labels))
-        self.teacher_loss = self._new_loss(len(labels)) if config.both_sides else None
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.bank = new_bank()
+        self.student_bank = new_bank() if config.both_sides else None
+        self.loss = self._new_loss()
+        self.teacher_loss = self._new_loss() if config.both_sides else None
+        self._waiting: list[tuple[Tensor, Tensor, Examples]] = []
 
-    def _new_bank(self, labels: Tensor) -> IndexedBank:
-        config = self.config
-        bank = IndexedBank(
-            len(labels), config.projection_dim, momentum=config.bank_momentum, labels=labels
-        )
-        if config.bank_init == "random":
-            bank.update(torch.arange(len(labels)), torch.randn(bank.rows.shape))
-        return bank
-
-    def _new_loss(self, num_data: int) -> ContrastiveLoss:
+    def _new_loss(self) -> ContrastiveLoss:
+        is_nce = self.config.objective == "nce"
         return ContrastiveLoss(
             self.config.temperature,
             objective=self.config.objective,
             normalize=False,  # both sides come out of their heads with unit length
-            num_data=num_data if self.config.objective == "nce" else None,
+            num_data=self.bank.rows.shape[0] if is_nce else None,
         )
 
     @property
@@ -153,24 +144,22 @@ class LayerContrast(nn.Module):
         self.student_features.set(*student)
         self.teacher_features.set(*teacher)
 
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, **examples: Tensor) -> Tensor:
         """The term, a scalar; the embeddings wait for `update_banks`.
 
         Args:
             student, teacher: features (B, L*H), pooled mapped layers side by side.
-            labels, index: (B,), (B,), as DistillationModel takes them.
+            examples: what the bank asks of each example, (B,) each.
         """
         z_student = self.student_projection(self.student_features(student))
         z_teacher = self.teacher_projection(self.teacher_features(teacher))
-        self._waiting.append((index, z_student.detach(), z_teacher.detach()))
+        self._waiting.append((z_student.detach(), z_teacher.detach(), examples))
         if not len(self.bank):  # nothing to tell apart from yet
             return 0.0 * z_student.sum()
-        term = self._one_side(self.loss, z_student, z_teacher, self.bank, labels, index)
+        term = self._one_side(self.loss, z_student, z_teacher, self.bank, examples)
         if self.teacher_loss is None:
             return term
-        other = self._one_side(
-            self.teacher_loss, z_teacher, z_student, self.student_bank, labels, index
-        )
+        other = self._one_side(self.teacher_loss, z_teacher, z_student, self.student_bank, examples)
         return (term + other) / 2
 
     def _one_side(
@@ -178,41 +167,109 @@ class LayerContrast(nn.Module):
         loss: ContrastiveLoss,
         query: Tensor,
         positive: Tensor,
-        bank: IndexedBank | None,
-        labels: Tensor,
-        index: Tensor,
+        bank: Bank | None,
+        examples: Examples,
     ) -> Tensor:
-        assert bank is not None
-        config = self.config
-        if config.positive == "bank":
-            there = bank.valid[index][:, None]
-            positive = torch.where(there, bank.rows[index].to(positive.dtype), positive)
-        picks: dict[str, Any] = {"exclude_index": index}
-        if config.negatives == "other_labels":
-            picks["labels"] = labels
-        if config.num_negatives:
-            picks["negative_index"] = self._draw(bank, labels)
-            if picks["negative_index"] is None:
-                return 0.0 * query.sum()
-        return loss(query, positive, bank, **picks)
+        picks = self._picks(bank, len(query), examples)
+        if picks is None:
+            return 0.0 * query.sum()
+        return loss(query, self._positive(bank, positive, examples), bank, **picks)
+
+    def _picks(self, bank: Any, B: int, examples: Examples) -> dict[str, Any] | None:
+        """The arguments of the loss that choose B queries' negatives; None if there are none."""
+        raise NotImplementedError
+
+    def _positive(self, bank: Any, positive: Tensor, examples: Examples) -> Tensor:
+        return positive
+
+    def _draw_filled(self, bank: Bank, B: int) -> Tensor:
+        """num_negatives filled rows for each of B queries, with replacement, (B, M)."""
+        filled = bank.valid.nonzero()[:, 0]
+        size = (B, self.config.num_negatives)
+        return filled[torch.randint(len(filled), size, device=filled.device)]
+
+    def update_banks(self) -> None:
+        """Takes the embeddings of all examples seen since the last call, in their order."""
+        for z_student, z_teacher, examples in self._waiting:
+            self._write(self.bank, z_teacher, examples)
+            if self.student_bank is not None:
+                self._write(self.student_bank, z_student, examples)
+        self._waiting.clear()
+
+    def _write(self, bank: Any, keys: Tensor, examples: Examples) -> None:
+        raise NotImplementedError
+
+
+class BankContrast(LayerContrast):
+    """LayerContrast with a row of the bank for each training example, z_T as it last was, and its
+    label; each call takes `labels` and `index`, as DistillationModel does.
+
+    Args:
+        labels: (num_examples,) integers, of the training examples.
+    """
+
+    config: DistillationConfig
+
+    def __init__(self, config: DistillationConfig, widths: tuple[int, int], labels: Tensor) -> None:
+        def new_bank() -> IndexedBank:
+            num_rows, dim = len(labels), config.projection_dim
+            bank = IndexedBank(num_rows, dim, momentum=config.bank_momentum, labels=labels)
+            if config.bank_init == "random":
+                bank.update(torch.arange(num_rows), torch.randn(num_rows, dim))
+            return bank
+
+        super().__init__(config, widths, new_bank)
+
+    def _picks(self, bank: IndexedBank, B: int, examples: Examples) -> dict[str, Any] | None:
+        picks = {"exclude_index": examples["index"]}
+        if self.config.negatives == "other_labels":
+            picks["labels"] = examples["labels"]
+        if self.config.num_negatives:
+            drawn = self._draw(bank, examples["labels"])
+            if drawn is None:
+                return None
+            picks["negative_index"] = drawn
+        return picks
 
     def _draw(self, bank: IndexedBank, labels: Tensor) -> Tensor | None:
         """Rows for each query, (B, M), with replacement; None while a query has none to draw."""
-        M = self.config.num_negatives
         if self.config.negatives == "all":
-            filled = bank.valid.nonzero()[:, 0]
-            size = (len(labels), M)
-            return filled[torch.randint(len(filled), size, device=filled.device)]
+            return self._draw_filled(bank, len(labels))
         assert bank.labels is not None
         others = bank.labels[bank.valid][None, :] != labels.unique()[:, None]
         if not bool(others.any(1).all()):
             return None
-        return sample_negatives(bank, labels, M, replacement=True)
+        return sample_negatives(bank, labels, self.config.num_negatives, replacement=True)
 
-    def update_banks(self) -> None:
-        """Moves the rows of all examples seen since the last call to their embeddings."""
-        for index, z_student, z_teacher in self._waiting:
-            self.bank.update(index, z_teacher)
-            if self.student_bank is not None:
-                self.student_bank.update(index, z_student)
-        self._waiting.clear()
+    def _positive(self, bank: IndexedBank, positive: Tensor, examples: Examples) -> Tensor:
+        if self.config.positive == "current":
+            return positive
+        index = examples["index"]
+        there = bank.valid[index][:, None]
+        return torch.where(there, bank.rows[index].to(positive.dtype), positive)
+
+    def _write(self, bank: IndexedBank, keys: Tensor, examples: Examples) -> None:
+        bank.update(examples["index"], keys)
+
+
+class QueueContrast(LayerContrast):
+    """LayerContrast with a first-in-first-out queue of z_T: its rows are the negatives, whatever
+    their text.
+    """
+
+    config: PretrainingConfig
+
+    def __init__(self, config: PretrainingConfig, widths: tuple[int, int]) -> None:
+        def new_queue() -> MemoryQueue:
+            queue = MemoryQueue(config.queue_size, config.projection_dim)
+            if config.bank_init == "random":
+                queue.enqueue(torch.randn(queue.rows.shape))
+            return queue
+
+        super().__init__(config, widths, new_queue)
+
+    def _picks(self, bank: MemoryQueue, B: int, examples: Examples) -> dict[str, Any]:
+        return {"negative_index": self._draw_filled(bank, B)} if self.config.num_negatives else {}
+
+    def _write(self, bank: MemoryQueue, keys: Tensor, examples: Examples) -> None:
+        bank.enqueue(keys)

@@ -8,7 +8,6 @@ from typing import Any
 
 from datasets import (
     Dataset,
-    DatasetDict,
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
@@ -19,7 +18,7 @@ from datasets.utils import logging
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from codir_fast.distillation.arguments import DataArguments, TextArguments
+from codir_fast.distillation.arguments import DataArguments, SourceArguments, TextArguments
 from codir_fast.distillation.labels import check_label_column
 from codir_fast.errors import UsageError
 
@@ -28,12 +27,23 @@ FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parque
 
 def load_examples(data: DataArguments, seed: int) -> tuple[Dataset, Dataset | None]:
     """Training and validation examples with the columns text and label, checked."""
+    train, validation = load_splits(data, seed)
+    train = select_columns(first_examples(train, data), "train_file", data)
+    if validation is not None:
+        validation = select_columns(validation, "validation_file", data)
+    return train, validation
+
+
+def load_splits(
+    data: SourceArguments, seed: int, formats: dict[str, str] = FORMATS
+) -> tuple[Dataset, Dataset | None]:
+    """Training and validation examples as they are there."""
     if data.dataset_name is not None:
-        train, validation = _from_hub(data.dataset_name)
+        train, validation = _from_hub(data.dataset_name, data.dataset_config)
     else:
-        train, validation = read_file("train_file", str(data.train_file)), None
+        train, validation = read_file("train_file", str(data.train_file), formats), None
     if data.validation_file is not None:
-        validation = read_file("validation_file", data.validation_file)
+        validation = read_file("validation_file", data.validation_file, formats)
     elif data.validation_split > 0:
         held_out = round(data.validation_split * len(train))
         if not 0 < held_out < len(train):
@@ -43,12 +53,14 @@ def load_examples(data: DataArguments, seed: int) -> tuple[Dataset, Dataset | No
             )
         parts = train.train_test_split(test_size=held_out, seed=seed)
         train, validation = parts["train"], parts["test"]
-    if data.max_train_samples is not None:
-        train = train.select(range(min(data.max_train_samples, len(train))))
-    train = select_columns(train, "train_file", data)
-    if validation is not None:
-        validation = select_columns(validation, "validation_file", data)
     return train, validation
+
+
+def first_examples(train: Dataset, data: SourceArguments) -> Dataset:
+    """As many as `max_train_samples` says, or all."""
+    if data.max_train_samples is None:
+        return train
+    return train.select(range(min(data.max_train_samples, len(train))))
 
 
 def check_evaluation(training: TrainingArguments, validation: Dataset | None) -> None:
@@ -66,19 +78,37 @@ def check_batches(training: TrainingArguments, train: Dataset) -> None:
         )
 
 
-def read_file(name: str, path: str) -> Dataset:
-    """The rows of a file, whose ending tells the format; `name` is the flag that named it."""
+def read_file(
+    name: str, path: str, formats: dict[str, str] = FORMATS, streaming: bool = False
+) -> Any:
+    """The rows of a file, whose ending tells the format; `name` is the flag that named it. A
+    Dataset, or with `streaming` an IterableDataset.
+    """
     suffix = Path(path).suffix.lower()
-    if suffix not in FORMATS:
-        raise UsageError(f"`{name}` must end in {', '.join(FORMATS)}, got {path}")
+    if suffix not in formats:
+        raise UsageError(f"`{name}` must end in {', '.join(formats)}, got {path}")
     if suffix == ".csv":
         _check_header(name, path)
+    with reading(name, path):
+        return load_dataset(formats[suffix], data_files=path, split="train", streaming=streaming)
+
+
+@contextmanager
+def reading(
+    name: str,
+    path: str,
+    errors: tuple[type[Exception], ...] = (DatasetGenerationError, ValueError, OSError),
+) -> Iterator[None]:
+    """Turns `errors` of a file that is not what its ending says into one line."""
     try:
         with _quiet():
-            return load_dataset(FORMATS[suffix], data_files=path, split="train")
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        raise UsageError(f"`{name}` can't be read as {suffix[1:]}, {path}: {cause}") from error
+            yield
+    except UsageError:
+        raise
+    except errors as error:
+        kind, cause = Path(path).suffix.lower(), error.__cause__ or error
+        wanted = f" as {kind[1:]}" if kind else ""
+        raise UsageError(f"`{name}` can't be read{wanted}, {path}: {cause}") from error
 
 
 def _check_header(name: str, path: str) -> None:
@@ -107,14 +137,20 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _from_hub(name: str) -> tuple[Dataset, Dataset | None]:
+def _from_hub(name: str, config: str | None) -> tuple[Dataset, Dataset | None]:
+    splits = load_from_hub(name, config)
+    return splits["train"], splits.get("validation")
+
+
+def load_from_hub(name: str, config: str | None, streaming: bool = False) -> Any:
+    """The splits of a data set of the hub, train among them."""
     try:
-        loaded = load_dataset(name)
+        loaded = load_dataset(name, config, streaming=streaming)
     except (ValueError, OSError) as error:
         raise UsageError(f"`dataset_name` can't be loaded, {name}: {error}") from error
-    if not isinstance(loaded, DatasetDict) or "train" not in loaded:
+    if "train" not in loaded:
         raise UsageError(f"`dataset_name` must have a train split, {name} has none")
-    return loaded["train"], loaded.get("validation")
+    return loaded
 
 
 def select_columns(examples: Dataset, name: str, data: TextArguments) -> Dataset:
@@ -154,11 +190,17 @@ def tokenize(
     """Columns of the tokenizer, labels, and index: the number of the example. Of pairs the longer
     text is cut first.
     """
-    longest = min(max_length, model_max_length, tokenizer.model_max_length)
+    tokens = tokenize_texts(examples, tokenizer, min(max_length, model_max_length))
+    return tokens.add_column("labels", labels).add_column("index", list(range(len(labels))))
+
+
+def tokenize_texts(examples: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Any:
+    """Columns of the tokenizer instead of those of `examples`, a Dataset or an IterableDataset."""
+    longest = min(max_length, tokenizer.model_max_length)
 
     def encode(batch: dict[str, list[str]]) -> Any:
         return tokenizer(batch["text"], batch.get("pair"), truncation=True, max_length=longest)
 
-    given = examples.column_names
-    tokens = examples.map(encode, batched=True, remove_columns=given, desc="Tokenize")
-    return tokens.add_column("labels", labels).add_column("index", list(range(len(labels))))
+    given = examples.column_names or ["text"]  # a stream does not know them
+    bar = {"desc": "Tokenize"} if isinstance(examples, Dataset) else {}
+    return examples.map(encode, batched=True, remove_columns=given, **bar)

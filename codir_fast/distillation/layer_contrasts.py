@@ -1,12 +1,11 @@
 """A contrastive term for each compared layer, where `contrast_layers` is each."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from codir_fast.distillation.config import DistillationConfig
 from codir_fast.distillation.contrast import LayerContrast, both_moments
 
 
@@ -16,17 +15,19 @@ class LayerContrasts(nn.Module):
     It is called as a LayerContrast is, with the features of all layers side by side.
 
     Args:
-        config, labels: as LayerContrast takes them.
-        widths: features of student and teacher, L*H each.
+        new_contrast: makes a LayerContrast of features so wide.
+        widths: hidden sizes of student and teacher, H each.
         num_layers: L.
     """
 
     def __init__(
-        self, config: DistillationConfig, widths: tuple[int, int], labels: Tensor, num_layers: int
+        self,
+        new_contrast: Callable[[tuple[int, int]], LayerContrast],
+        widths: tuple[int, int],
+        num_layers: int,
     ) -> None:
         super().__init__()
-        own = widths[0] // num_layers, widths[1] // num_layers
-        self.layers = nn.ModuleList(LayerContrast(config, own, labels) for _ in range(num_layers))
+        self.layers = nn.ModuleList(new_contrast(widths) for _ in range(num_layers))
         self.has_one_width = widths[0] == widths[1]
 
     def _layers(self) -> list[LayerContrast]:
@@ -44,10 +45,10 @@ class LayerContrasts(nn.Module):
         for layer, student, teacher in zip(self.layers, *parts, strict=True):
             layer.set_features(student, teacher)
 
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, index: Tensor) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, **examples: Tensor) -> Tensor:
         sides = (side.chunk(len(self.layers), dim=1) for side in (student, teacher))
         terms = [
-            layer(*pair, labels, index) for layer, *pair in zip(self._layers(), *sides, strict=True)
+            layer(*pair, **examples) for layer, *pair in zip(self._layers(), *sides, strict=True)
         ]
         return torch.stack(terms).mean()
 

@@ -5,12 +5,12 @@ from dataclasses import fields
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from codir_fast.distillation.arguments import TextArguments
+from codir_fast.distillation.arguments import PlainTextArguments
 from codir_fast.errors import UsageError
 
 
 def longest_text(
-    data: TextArguments, tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel
+    data: PlainTextArguments, tokenizer: PreTrainedTokenizerBase, *models: PreTrainedModel
 ) -> int:
     """Tokens that tokenizer and models can read; of the default of `max_seq_length` fewer may be.
 
@@ -18,13 +18,14 @@ def longest_text(
         UsageError: a `max_seq_length` beyond that, or one that leaves no room for a text.
     """
     limit = min(tokenizer.model_max_length, *(_positions(model) for model in models))
-    default = next(f.default for f in fields(TextArguments) if f.name == "max_seq_length")
+    default = next(f.default for f in fields(PlainTextArguments) if f.name == "max_seq_length")
     if data.max_seq_length > limit and data.max_seq_length != default:
         raise UsageError(
             f"`max_seq_length` must be at most {limit}, what the model can read, got "
             f"{data.max_seq_length}"
         )
-    special = tokenizer.num_special_tokens_to_add(pair=data.text_pair_column is not None)
+    has_pairs = getattr(data, "text_pair_column", None) is not None
+    special = tokenizer.num_special_tokens_to_add(pair=has_pairs)
     if min(data.max_seq_length, limit) <= special:
         raise UsageError(
             f"`max_seq_length` must be more than the {special} tokens that stand around each text, "

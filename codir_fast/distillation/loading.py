@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import (
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -79,6 +80,26 @@ def check_index(directory: Path) -> None:
     for name in names:
         if not isinstance(name, str) or not is_inside(name):
             raise ValueError(f"{path.name} names {name}, outside of the folder")
+
+
+def load_masked_lm(flag: str, name: str) -> tuple[PreTrainedModel, list[str]]:
+    """A masked language model, and which of its weights are new: not in the checkpoint."""
+    model, report = _load(
+        flag, name, AutoModelForMaskedLM, use_safetensors=True, output_loading_info=True
+    )
+    return model, sorted(report["missing_keys"])
+
+
+def load_trained_masked_lm(flag: str, name: str) -> PreTrainedModel:
+    """A masked language model all of whose weights come from the checkpoint."""
+    model, missing = load_masked_lm(flag, name)
+    if missing:
+        raise UsageError(
+            f"`{flag}` must be a masked language model, {name} lacks {', '.join(missing)}; give it "
+            f"a head first: codir-fast pretrain --student {name} --train_file TEXTS --output_dir "
+            "NEW, and take NEW"
+        )
+    return model
 
 
 def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:

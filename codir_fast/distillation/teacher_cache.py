@@ -21,7 +21,8 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from codir_fast.distillation.arguments import say
 from codir_fast.distillation.manifest import verify, write_manifest
-from codir_fast.distillation.model import INPUTS, DistillationModel
+from codir_fast.distillation.model import DistillationModel
+from codir_fast.distillation.teacher_student import INPUTS
 
 FORMAT = 1  # of the files; another number makes other folders
 COLUMNS = ("teacher_logits", "teacher_features")

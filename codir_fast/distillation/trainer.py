@@ -3,8 +3,9 @@ the log.
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,10 +15,11 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from codir_fast.distillation.checkpoint import refusing
-from codir_fast.distillation.config import DistillationConfig
+from codir_fast.distillation.config import LayerConfig
 from codir_fast.distillation.loading import load_weights
 from codir_fast.distillation.model import DistillationModel
 from codir_fast.distillation.sampling import ResumableTrainer
+from codir_fast.distillation.teacher_student import TeacherStudent
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 
 STATE_FILE = "distillation_state.safetensors"
@@ -36,11 +38,14 @@ class DistillationTrainer(ResumableTrainer):
         NotImplementedError: label smoothing.
     """
 
+    model_class: ClassVar[type[TeacherStudent]] = DistillationModel
+
     def __init__(
-        self, model: DistillationModel, args: TrainingArguments | None = None, **kwargs: Any
+        self, model: TeacherStudent, args: TrainingArguments | None = None, **kwargs: Any
     ) -> None:
-        if not isinstance(model, DistillationModel):
-            raise ValueError(f"`model` must be a DistillationModel, got {type(model).__name__}")
+        if not isinstance(model, self.model_class):
+            wanted = self.model_class.__name__
+            raise ValueError(f"`model` must be a {wanted}, got {type(model).__name__}")
         if args is not None:
             check_arguments(args, model.distillation_config)
         super().__init__(model, args, **kwargs)
@@ -54,11 +59,14 @@ class DistillationTrainer(ResumableTrainer):
     ) -> TrainOutput:
         model = self._module()
         if model.needs_features and not resume_from_checkpoint:  # else they come from there
-            batches = self.get_eval_dataloader(self.train_dataset)
             model.to(self.args.device)
-            prepared = (self._prepare_inputs(batch) for batch in batches)
-            model.fit_features(tqdm(prepared, "Standardize", len(batches), leave=False))
+            model.fit_features(self._feature_batches())
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _feature_batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of the training examples that features are standardised over."""
+        for batch in tqdm(self.get_eval_dataloader(self.train_dataset), "Standardize", leave=False):
+            yield self._prepare_inputs(batch)
 
     def compute_loss(
         self,
@@ -95,7 +103,7 @@ class DistillationTrainer(ResumableTrainer):
         load_checkpoint(self._module(), directory)
 
 
-def check_arguments(args: TrainingArguments, config: DistillationConfig) -> None:
+def check_arguments(args: TrainingArguments, config: LayerConfig) -> None:
     """Raises what DistillationTrainer raises for arguments that a distillation can't follow."""
     if args.label_smoothing_factor != 0:
         raise NotImplementedError("`label_smoothing_factor` is not built for distillation yet")
@@ -111,7 +119,7 @@ def check_arguments(args: TrainingArguments, config: DistillationConfig) -> None
         )
 
 
-def load_checkpoint(model: DistillationModel, directory: Path) -> None:
+def load_checkpoint(model: TeacherStudent, directory: Path) -> None:
     """Student, heads and bank as they were saved.
 
     Raises:
@@ -132,7 +140,7 @@ def load_checkpoint(model: DistillationModel, directory: Path) -> None:
                 part.check_rows()
 
 
-def _check_labels(model: DistillationModel, state: dict[str, Tensor]) -> None:
+def _check_labels(model: TeacherStudent, state: dict[str, Tensor]) -> None:
     """A bank with a row per training example has the labels of this run's."""
     for name, bank in model.named_modules():
         if isinstance(bank, IndexedBank) and bank.labels is not None:

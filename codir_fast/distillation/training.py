@@ -34,7 +34,7 @@ def train_and_save(
     with replaced_files(directory) as files:
         trainer.state.save_to_json(str(files / TRAINER_STATE_NAME))
         (files / "metrics.json").write_text(text, encoding="utf-8")
-    for name in ("accuracy", "pearson"):
+    for name in ("accuracy", "pearson", "perplexity"):
         if f"eval_{name}" in metrics:
             say(f"validation {name} {metrics[f'eval_{name}']:.4f}")
     say(f"saved in {directory}")

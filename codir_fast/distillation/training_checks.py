@@ -3,7 +3,7 @@ before a model is loaded or anything is written.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,11 +79,15 @@ def check_training_arguments(training: TrainingArguments) -> None:
 
 def check_task_arguments(training: TrainingArguments, config: PretrainedConfig) -> None:
     """Raises UsageError for what has no meaning for a model of this configuration."""
-    best, names = training.metric_for_best_model, metric_names(config)
-    if best is not None and best.removeprefix("eval_") not in names:
-        raise UsageError(f"`metric_for_best_model` must be one of {', '.join(names)}, got {best!r}")
+    check_best_metric(training, metric_names(config))
     if is_regression(config) and training.label_smoothing_factor:
         raise UsageError("`label_smoothing_factor` has no meaning in regression")
+
+
+def check_best_metric(training: TrainingArguments, names: Sequence[str]) -> None:
+    best = training.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in names:
+        raise UsageError(f"`metric_for_best_model` must be one of {', '.join(names)}, got {best!r}")
 
 
 def _check_numbers(training: TrainingArguments) -> None:

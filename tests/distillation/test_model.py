@@ -282,9 +282,9 @@ def test_drawn_negatives(negatives):
 def test_nothing_is_drawn_before_there_is_a_row_of_another_label():
     model = make(num_negatives=3).train()
     batch = make_batch()
-    assert model(**batch)["codir"] == 0  # the bank is empty
-    model.contrast._waiting[0] = tuple(part[::2] for part in model.contrast._waiting[0])
-    model.update_bank()  # examples of label 0 only
+    of_one_label = {name: rows[::2] for name, rows in batch.items()}
+    assert model(**of_one_label)["codir"] == 0  # the bank is empty
+    model.update_bank()
     outputs = model(**batch)
     assert outputs["codir"] == 0
     outputs["loss"].backward()

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoModelForSequenceClassification
 
 from codir_fast.cli import main
-from codir_fast.distillation.config import CHOICES, PRESETS
+from codir_fast.distillation.config import PRESETS, DistillationConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "fine-tuning.md"
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.M | re.S)
@@ -43,4 +43,4 @@ def test_the_page_names_every_preset_and_choices_that_exist():
     text = PAGE.read_text(encoding="utf-8")
     assert set(re.findall(r"--preset (\w+)", text)) == set(PRESETS)
     for flag, value in re.findall(r"--(contrast_layers|negatives) (\w+)", text):
-        assert value in CHOICES[flag]
+        assert value in DistillationConfig.CHOICES[flag]

@@ -47,6 +47,24 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_masking_tokenizer() -> PreTrainedTokenizerFast:
+    """make_tokenizer with a mask token, the last of its MASKED_VOCABULARY tokens."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    return tokenizer
+
+
+MASKED_VOCABULARY = len(WORDS) + 5
+
+
+def write_texts(path: Path, count: int, seed: int) -> Path:
+    """Lines of 4 to 12 words."""
+    draw = random.Random(seed)
+    lines = [" ".join(draw.choices(WORDS, k=draw.randint(4, 12))) for _ in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
 def write_examples(path: Path, count: int, seed: int) -> Path:
     """Texts of 3 to 9 words; the label is whether one of the first five words occurs."""
     draw = random.Random(seed)
