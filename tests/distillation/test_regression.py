@@ -221,8 +221,8 @@ def test_terms_by_their_formulas(layers):
     loss = 0.1 * terms["ce"] + 0.9 * terms["kd"] + 0.1 * terms["codir"]
     torch.testing.assert_close(terms["loss"], loss)
     # The contrast is that of a classification with the bins as labels.
-    states = model.student(**batch, output_hidden_states=True).hidden_states
-    features = model._pool(states, batch["attention_mask"], model.student_layers)
+    outputs = model.student(**batch, output_hidden_states=True)
+    features = model._pool(outputs, batch["attention_mask"], model.student_layers)
     targets = model.teacher_outputs(**batch)[1]
     expected = model.contrast(features, targets, classes, index)
     torch.testing.assert_close(terms["codir"], expected)
