@@ -13,7 +13,7 @@ except ImportError as error:
         "`pip install --no-build-isolation .` in the source folder (with -e to work on it)"
     ) from error
 
-from codir_fast import functional
+from codir_fast import distributed, functional
 from codir_fast.backend import BackendStatus, backends
 from codir_fast.losses import ContrastiveLoss
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
@@ -47,6 +47,7 @@ __all__ = [
     "__version__",
     "backends",
     "compat",
+    "distributed",
     "functional",
     "pool_hidden_states",
     "sample_negatives",

@@ -1,5 +1,5 @@
 """The contrastive loss as a function: checks, normalisation, choice of negatives, and one pass of
-bank_contrast or indexed_contrast.
+bank_contrast or indexed_contrast, on each rank where negatives are sharded.
 """
 
 import math
@@ -9,30 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codir_fast.checks import (
-    check_choice,
-    check_count,
-    check_device,
-    check_flag,
-    check_float_dtype,
-    check_number,
-    check_tensor,
+from codir_fast.checks import check_device, check_tensor
+from codir_fast.global_batch import agree_on_batch, alike
+from codir_fast.loss_arguments import (
+    as_scalar,
+    check_float8,
+    check_nce,
+    check_options,
+    check_pair,
+    inverse_temperature,
+    prepare,
 )
-from codir_fast.memory_bank import FLOAT8
-from codir_fast.negatives import (
-    ChosenNegatives,
-    Negatives,
-    check_input_dtype,
-    choose_negatives,
-)
+from codir_fast.negatives import ChosenNegatives, Negatives, choose_negatives
 from codir_fast.ops.bank_contrast import bank_contrast
-from codir_fast.ops.contrast import compute_dtype
 from codir_fast.ops.indexed_contrast import indexed_contrast
-from codir_fast.ops.unit_rows import unit_rows
-
-OBJECTIVES = ("infonce", "nce")
-REDUCTIONS = ("none", "mean", "sum")
-_MIN_FLOAT8_TEMPERATURE = 0.0699  # 0.07, in whatever precision it comes
+from codir_fast.sharded_contrast import (
+    Direction,
+    Objective,
+    gather_numbers,
+    sharded_losses,
+)
+from codir_fast.sharding import GlobalBatch
 
 
 def contrastive_loss(
@@ -53,6 +50,7 @@ def contrastive_loss(
     weight: Tensor | None = None,
     log_partition: float | Tensor | None = None,
     num_data: int | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """Each query must recognise its positive key among many negatives.
 
@@ -102,6 +100,24 @@ def contrastive_loss(
             these inputs, see estimate_log_partition; ContrastiveLoss keeps that of its first batch.
         num_data: n of NCE, the number of examples that negatives are drawn from. Default: the rows
             of the (K, D) tensor or bank, B in-batch, M of (B, M, D).
+        process_group: ranks of torch.distributed that have the queries and share the negatives, see
+            below. Default: this process is alone, whether others run or not.
+
+    Over a process group of R ranks, queries and negatives are those of all ranks, in rank order:
+    in-batch the positive keys of all ranks; of a (K_r, D) tensor on each rank, all of them (the
+    gradient comes back to each rank's own); a bank must be sharded over the same group. B is the
+    sum of all B_r and K that of all K_r; `exclude_index` and `negative_index` are row numbers among
+    all K. (B_r, M, D) negatives stay each query's own. A rank may have any number of queries, none
+    too, but all ranks must call this at the same time with the same options, and go backward
+    together where negatives need a gradient. Rank r returns, with S_r its own queries and
+    l_i what one process would have for query i among all queries and negatives:
+
+    mean: R / B * sum_{i in S_r} weight_i l_i. sum: R * sum_{i in S_r} weight_i l_i. none: l_i.
+
+    So the mean of mean or sum over ranks is what one process would return, and so is the mean of
+    the gradients, which DistributedDataParallel takes: a parameter gets
+    1/R sum_r dloss_r = d(1/B sum_i weight_i l_i). Each rank's backward pass gives its inputs the
+    gradient of the sum of all ranks' losses, other ranks' share in its negatives included.
 
     Returns:
         float32 (float64 for float64 input), (B,) or a scalar. Differentiable once in query,
@@ -109,9 +125,9 @@ def contrastive_loss(
         the three inputs may differ in dtype.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or value; the message names the
-        argument.
-        RuntimeError: the named backend can't run here.
+        ValueError, TypeError: a wrong shape, dtype, device or value, or one that differs between
+            ranks; the message names the argument.
+        RuntimeError: the named backend can't run here; a rank has ended, or did not come in time.
 
     Example:
         >>> queue = codir_fast.MemoryQueue(65536, 128)
@@ -123,29 +139,38 @@ def contrastive_loss(
     """
     check_options(objective, reduction, normalize, symmetric)
     check_nce(objective, log_partition, num_data)
-    _check_pair(query, positive_key)
-    # The operator brings query and positive to unit length, unless they serve as negatives too.
-    by_operator = normalize and not (negative_keys is None or symmetric)
-    q, p = (query, positive_key) if by_operator else _prepare(query, positive_key, normalize)
-    inv_temperature = _inverse(temperature, query)
+    check_pair(query, positive_key)
     given = (labels, negative_labels, negative_index, exclude_index)
-    negatives = choose_negatives(query, p, negative_keys, normalize, *given)
-    _check_float8(negatives, temperature)
+    batch = None
+    if process_group is not None:
+        known = None if log_partition is None else "given"
+        options = (("objective", objective), ("reduction", reduction), ("log_partition", known))
+        settings = (*options, *alike(temperature, normalize, symmetric, num_data, *given))
+        vectors = (query, positive_key, negative_keys)
+        batch = agree_on_batch("contrastive_loss", process_group, vectors, settings)
+    # The operator brings query and positive to unit length, unless they serve as negatives too, or
+    # NCE's sums are split over ranks.
+    is_split_nce = batch is not None and objective == "nce"
+    by_operator = normalize and not (negative_keys is None or symmetric or is_split_nce)
+    q, p = (query, positive_key) if by_operator else prepare(query, positive_key, normalize)
+    inv_temperature = inverse_temperature(temperature, query)
+    negatives = choose_negatives(query, p, negative_keys, normalize, *given, batch)
+    check_float8(negatives, temperature)
     log_z, counts = None, (1, 1)
     if objective == "nce":
         counts = (negatives.num_offered, num_data or negatives.num_rows)
         if 0 in counts:
             counts = (1, 1)
         if log_partition is None:
-            pair = _prepare(query, positive_key, normalize)
-            log_z = _log_partition(*pair, negatives, inv_temperature, symmetric, num_data, backend)
+            pair = prepare(query, positive_key, normalize)
+            ways = _directions(*pair, negatives, symmetric)
+            log_z = _log_partition(ways, inv_temperature, num_data, backend, batch)
         else:
-            log_z = _as_scalar(log_partition, query)
-    loss = _losses(q, p, negatives, inv_temperature, log_z, counts, backend, by_operator)
-    if symmetric:
-        exchanged = _exchange(q, negatives)
-        loss = (loss + _losses(p, q, exchanged, inv_temperature, log_z, counts, backend)) / 2
-    return _reduce(loss, weight, reduction)
+            log_z = as_scalar(log_partition, query)
+    meant = Objective(inv_temperature, log_z, *counts, by_operator, backend)
+    losses = _losses(_directions(q, p, negatives, symmetric), meant, batch)
+    loss = (losses[0] + losses[1]) / 2 if symmetric else losses[0]
+    return _reduce(loss, weight, reduction, batch)
 
 
 @torch.no_grad()
@@ -163,11 +188,13 @@ def estimate_log_partition(
     negative_index: Tensor | None = None,
     exclude_index: Tensor | None = None,
     num_data: int | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """log Z for the NCE objective, from one batch: Z = n * mean of e^s over all pairs of a query
     with its positive and its allowed negatives, of both directions if `symmetric`.
 
-    Two passes over the negatives; arguments as of contrastive_loss. Returns a 0-d tensor, float32
+    Two passes over the negatives; arguments as of contrastive_loss; over a process group of the
+    batch of all ranks, the same number on each. Returns a 0-d tensor, float32
     (float64 for float64 input), -inf for B = 0.
 
     Source: Tian et al. 2020, Contrastive Representation Distillation: its code fixes Z so at the
@@ -175,178 +202,93 @@ def estimate_log_partition(
     """
     check_options("nce", "mean", normalize, symmetric)
     check_nce("nce", None, num_data)
-    _check_pair(query, positive_key)
-    q, p = _prepare(query, positive_key, normalize)
+    check_pair(query, positive_key)
     given = (labels, negative_labels, negative_index, exclude_index)
-    negatives = choose_negatives(query, p, negative_keys, normalize, *given)
-    inv_temperature = _inverse(temperature, query)
-    return _log_partition(q, p, negatives, inv_temperature, symmetric, num_data, backend)
+    batch = None
+    if process_group is not None:
+        settings = alike(temperature, normalize, symmetric, num_data, *given)
+        vectors = (query, positive_key, negative_keys)
+        batch = agree_on_batch("estimate_log_partition", process_group, vectors, settings)
+    q, p = prepare(query, positive_key, normalize)
+    negatives = choose_negatives(query, p, negative_keys, normalize, *given, batch)
+    inv_temperature = inverse_temperature(temperature, query)
+    ways = _directions(q, p, negatives, symmetric)
+    return _log_partition(ways, inv_temperature, num_data, backend, batch)
 
 
 @torch.no_grad()
 def _log_partition(
-    q: Tensor,
-    p: Tensor,
-    negatives: ChosenNegatives,
+    directions: list[Direction],
     inv_temperature: Tensor,
-    symmetric: bool,
     num_data: int | None,
     backend: str,
+    batch: GlobalBatch | None,
 ) -> Tensor:
-    directions = [(q, p, negatives)]
-    if symmetric:
-        directions.append((p, q, _exchange(q, negatives)))
-    lse, pairs = [], []
-    for query, positive, chosen in directions:
-        loss = _losses(query, positive, chosen, inv_temperature, None, (1, 1), backend)
-        lse.append(loss + (query * positive).sum(1) * inv_temperature.to(query.dtype))
-        # Where all logits are 0, e^loss is the number of pairs; in double, it is exact: by whatever
-        # backend has that.
-        zero = torch.zeros_like(query, dtype=torch.float64)
-        plain = replace(chosen, scale=None)
-        zero_loss = _losses(zero, zero, plain, inv_temperature, None, (1, 1), "auto")
-        pairs.append(zero_loss.exp().round())
-    log_mean = torch.logsumexp(torch.cat(lse), 0) - torch.cat(pairs).sum().log()
-    log_n = log_mean.new_full((), num_data or negatives.num_rows or 1).log()
-    return (log_mean + log_n).to(q.dtype)
+    objective = Objective(inv_temperature, None, 1, 1, False, backend)
+    losses = _losses(directions, objective, batch)
+    lse = [
+        loss + (query * positive).sum(1) * inv_temperature.to(query.dtype)
+        for loss, (query, positive, _) in zip(losses, directions, strict=True)
+    ]
+    # Where all logits are 0, e^loss is the number of pairs; in double, it is exact: by whatever
+    # backend has that.
+    zero = torch.zeros_like(directions[0][0], dtype=torch.float64)
+    zeros = [(zero, zero, replace(chosen, scale=None)) for *_, chosen in directions]
+    zero_losses = _losses(zeros, replace(objective, backend="auto"), batch)
+    log_sum = torch.logsumexp(torch.cat(lse), 0)
+    pairs = torch.cat(zero_losses).exp().round().sum()
+    if batch is not None:
+        numbers = gather_numbers(batch, torch.stack([log_sum.to(pairs.dtype), pairs]))
+        log_sum, pairs = torch.logsumexp(numbers[:, 0], 0), numbers[:, 1].sum()
+    log_mean = log_sum - pairs.log()
+    log_n = log_mean.new_full((), num_data or directions[0][2].num_rows or 1).log()
+    return (log_mean + log_n).to(directions[0][0].dtype)
 
 
 def _losses(
-    query: Tensor,
-    positive: Tensor,
-    negatives: ChosenNegatives,
-    inv_temperature: Tensor,
-    log_partition: Tensor | None,
-    counts: tuple[int, int],
-    backend: str,
-    normalize: bool = False,
+    directions: list[Direction], objective: Objective, batch: GlobalBatch | None
+) -> list[Tensor]:
+    """The loss (B,) of each direction."""
+    if batch is not None and not directions[0][2].own:
+        return sharded_losses(directions, batch, objective)
+    return [_loss(*direction, objective) for direction in directions]
+
+
+def _loss(
+    query: Tensor, positive: Tensor, negatives: ChosenNegatives, objective: Objective
 ) -> Tensor:
-    vectors = (query, positive, negatives.rows, inv_temperature)
-    num_noise, num_data = counts
+    vectors = (query, positive, negatives.rows, objective.inv_temperature)
     picks: dict[str, Any] = {
         "bank_scale": negatives.scale,
         "labels": negatives.labels,
         "bank_labels": negatives.row_labels,
         "exclude_index": negatives.exclude_index,
         "valid": negatives.valid,
-        "log_partition": log_partition,
-        "num_noise": num_noise,
-        "num_data": num_data,
-        "normalize": normalize,
+        "log_partition": objective.log_partition,
+        "num_noise": objective.num_noise,
+        "num_data": objective.num_data,
+        "normalize": objective.normalize,
+        "backend": objective.backend,
     }
     if negatives.index is None:
-        return bank_contrast(*vectors, **picks, backend=backend)
-    return indexed_contrast(*vectors, negatives.index, **picks, backend=backend)
+        return bank_contrast(*vectors, **picks)
+    return indexed_contrast(*vectors, negatives.index, **picks)
 
 
-def _exchange(query: Tensor, negatives: ChosenNegatives) -> ChosenNegatives:
-    """The negatives once query and positive have changed places."""
-    return replace(negatives, rows=query) if negatives.in_batch else negatives
+def _directions(
+    query: Tensor, positive: Tensor, negatives: ChosenNegatives, symmetric: bool
+) -> list[Direction]:
+    """Who looks for whom among what; if `symmetric`, the other way round too."""
+    directions = [(query, positive, negatives)]
+    if symmetric:
+        exchanged = replace(negatives, rows=query) if negatives.in_batch else negatives
+        directions.append((positive, query, exchanged))
+    return directions
 
 
-def check_options(objective: str, reduction: str, normalize: bool, symmetric: bool) -> None:
-    check_choice("objective", objective, OBJECTIVES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_flag("normalize", normalize)
-    check_flag("symmetric", symmetric)
-
-
-def check_nce(objective: str, log_partition: float | Tensor | None, num_data: int | None) -> None:
-    for name, value in (("log_partition", log_partition), ("num_data", num_data)):
-        if objective != "nce" and value is not None:
-            raise ValueError(f'`{name}` needs objective "nce", got {objective!r}')
-    if num_data is not None:
-        check_count("num_data", num_data)
-        if num_data >= 1 << 63:
-            raise ValueError(f"`num_data` must be below 2^63, got {num_data}")
-    if log_partition is not None and not isinstance(log_partition, Tensor):
-        _check_log_partition(log_partition)
-
-
-def check_temperature(temperature: float) -> None:
-    check_number("temperature", temperature)
-    # Comparisons only: torch.compile can follow them.
-    if not (0 < temperature < math.inf and 1 / temperature < math.inf):
-        raise ValueError(f"`temperature` must be positive and finite, got {temperature}")
-
-
-def _check_log_partition(log_partition: float) -> None:
-    check_number("log_partition", log_partition)
-    if not -math.inf < log_partition < math.inf:
-        raise ValueError(f"`log_partition` must be finite, got {log_partition}")
-
-
-def _prepare(query: Tensor, positive_key: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Both in the dtype that the operators compute in, of unit rows if `normalize`."""
-    compute = compute_dtype(query.dtype)
-    q, p = query.to(compute), positive_key.to(compute)
-    if normalize:
-        q, p = unit_rows(q), unit_rows(p)
-    return q.contiguous(), p.contiguous()
-
-
-def _check_pair(query: Tensor, positive_key: Tensor) -> None:
-    for name, value in (("query", query), ("positive_key", positive_key)):
-        check_tensor(name, value)
-        check_float_dtype(name, value.dtype)
-    if query.ndim != 2 or query.shape[1] == 0:
-        raise ValueError(
-            f"`query` must have shape (B, D) with D at least 1, got {tuple(query.shape)}"
-        )
-    if positive_key.shape != query.shape:
-        B, D = query.shape
-        raise ValueError(
-            f"`positive_key` must have shape (B, D) with B={B}, D={D} as `query`, "
-            f"got {tuple(positive_key.shape)}"
-        )
-    check_device("positive_key", positive_key, query.device, "`query`")
-    check_input_dtype("positive_key", positive_key, query)
-
-
-def _inverse(temperature: float | Tensor, query: Tensor) -> Tensor:
-    if not isinstance(temperature, Tensor):
-        check_temperature(temperature)
-        return torch.full((), 1 / temperature, dtype=torch.float64, device="cpu")
-    check_tensor("temperature", temperature)
-    if temperature.ndim != 0:
-        raise ValueError(f"`temperature` must be 0-d, got shape {tuple(temperature.shape)}")
-    check_float_dtype("temperature", temperature.dtype)
-    if temperature.device.type != "cpu":
-        check_device("temperature", temperature, query.device, "`query` or on the CPU")
-    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_temperature(temperature.item())
-    return temperature.to(compute_dtype(query.dtype)).reciprocal()
-
-
-def _check_float8(negatives: ChosenNegatives, temperature: float | Tensor) -> None:
-    """Colder, the rounding of the rows would show: where looking does not wait for a device."""
-    if negatives.rows.dtype != FLOAT8 or torch.compiler.is_compiling():
-        return
-    if isinstance(temperature, Tensor):
-        if temperature.device.type != "cpu":
-            return
-        temperature = temperature.item()
-    if temperature < _MIN_FLOAT8_TEMPERATURE:
-        raise ValueError(
-            f"`temperature` must be at least 0.07 with a float8 bank, got {temperature}"
-        )
-
-
-def _as_scalar(log_partition: float | Tensor, query: Tensor) -> Tensor:
-    if not isinstance(log_partition, Tensor):
-        return torch.full((), log_partition, dtype=torch.float64, device=query.device)
-    check_tensor("log_partition", log_partition)
-    if log_partition.ndim != 0:
-        raise ValueError(f"`log_partition` must be 0-d, got shape {tuple(log_partition.shape)}")
-    check_float_dtype("log_partition", log_partition.dtype)
-    check_device("log_partition", log_partition, query.device, "`query`")
-    if log_partition.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_log_partition(log_partition.item())
-    wide = torch.float64 if log_partition.dtype == torch.float64 else torch.float32
-    return log_partition.detach().to(wide)
-
-
-def _reduce(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+def _reduce(
+    loss: Tensor, weight: Tensor | None, reduction: str, batch: GlobalBatch | None
+) -> Tensor:
     if weight is not None:
         check_tensor("weight", weight)
         if weight.shape != loss.shape:
@@ -359,4 +301,9 @@ def _reduce(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
         loss = loss * weight.to(loss.dtype)
     if reduction == "none":
         return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+    if batch is None:
+        return loss.mean() if reduction == "mean" else loss.sum()
+    num_ranks = batch.ranks.size  # by which DDP will divide
+    if reduction == "sum":
+        return loss.sum() * num_ranks
+    return loss.sum() * (num_ranks / batch.size if batch.size else math.nan)

@@ -10,13 +10,9 @@ from torch import Tensor, nn
 
 from codir_fast.backend import NAMES as BACKENDS
 from codir_fast.checks import check_choice, check_flag, check_number
-from codir_fast.functional import (
-    check_nce,
-    check_options,
-    check_temperature,
-    contrastive_loss,
-    estimate_log_partition,
-)
+from codir_fast.collectives import ranks_of
+from codir_fast.functional import contrastive_loss, estimate_log_partition
+from codir_fast.loss_arguments import check_nce, check_options, check_temperature
 from codir_fast.negatives import Negatives
 
 _MIN_LOG_INV, _MAX_LOG_INV = math.log(0.01), math.log(100)
@@ -35,6 +31,7 @@ class ContrastiveLoss(nn.Module):
         log_partition: log Z of NCE, a number. Default: that of the first batch in training, kept
             from then on. It is a buffer, NaN as long as it is not known; until then a batch in eval
             mode goes by its own and keeps none.
+        process_group: as for the function.
 
     Example:
         >>> loss_fn = codir_fast.ContrastiveLoss(temperature=0.07)
@@ -57,6 +54,7 @@ class ContrastiveLoss(nn.Module):
         backend: str = "auto",
         log_partition: float | None = None,
         num_data: int | None = None,
+        process_group: Any = None,
         **unknown: Any,
     ) -> None:
         _refuse(unknown)
@@ -68,6 +66,7 @@ class ContrastiveLoss(nn.Module):
             check_number("log_partition", log_partition)
         check_temperature(temperature)
         check_choice("backend", backend, ("auto", *BACKENDS))
+        self._ranks = ranks_of(process_group)
         self.objective, self.normalize, self.reduction = objective, normalize, reduction
         self.symmetric, self.backend, self.num_data = symmetric, backend, num_data
         self._log_partition_known = log_partition is not None
@@ -118,6 +117,7 @@ class ContrastiveLoss(nn.Module):
             "negative_index": negative_index,
             "exclude_index": exclude_index,
             "num_data": self.num_data,
+            "process_group": None if self._ranks is None else self._ranks.group,
         }
         vectors = (query, positive_key, negative_keys)
         log_partition = None
@@ -137,10 +137,12 @@ class ContrastiveLoss(nn.Module):
         if self._log_partition_known:
             return self.log_partition
         estimate = estimate_log_partition(*vectors, **options)
-        if not self.training or vectors[0].shape[0] == 0:
+        is_alone = self._ranks is None
+        if not self.training or (is_alone and vectors[0].shape[0] == 0):
             return None
-        # On a GPU, looking would wait for the device.
-        if estimate.is_cpu and not torch.compiler.is_compiling() and not estimate.isfinite():
+        # On a GPU, looking would wait for the device; with others, it was waited for anyway.
+        may_look = not torch.compiler.is_compiling() and (estimate.is_cpu or not is_alone)
+        if may_look and not estimate.isfinite():
             return None
         self.log_partition.copy_(estimate)
         self._log_partition_known = True

@@ -1,184 +1,24 @@
-"""Memory banks of negatives: a first-in-first-out queue, and one row per training example."""
+"""Memory banks of negatives: a first-in-first-out queue, and one row per training example; whole on
+each process, or sharded over the ranks of a process group.
+"""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from codir_fast.bank_rows import BankRows
 from codir_fast.checks import (
     check_count,
     check_device,
     check_flag,
-    check_float_dtype,
     check_index,
     check_integers,
     check_number,
-    check_tensor,
 )
-from codir_fast.ops.bank_update import bank_update
-
-FLOAT8 = torch.float8_e4m3fn
 
 
-def _bytes(rows: Tensor) -> Tensor:
-    """float8 rows for indexing, which few devices know for their dtype; others as they are."""
-    return rows.view(torch.int8) if rows.dtype == FLOAT8 else rows
-
-
-def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (N, D) in float8 and their factors (N,), which restore the length that they had, up to
-    1e-12: it is what logits depend on most.
-    """
-    largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-12)
-    rounded = (rows * (torch.finfo(FLOAT8).max / largest)).to(FLOAT8)
-    norms = (torch.linalg.vector_norm(x, dim=1) for x in (rows, rounded.float()))
-    norm, rounded_norm = (x.clamp_min(1e-12) for x in norms)
-    return rounded, norm / rounded_norm
-
-
-class _Bank(nn.Module):
-    """Unit rows (K, D), which of them are filled, and their labels; all of it buffers, in the
-    state_dict.
-    """
-
-    rows: Tensor
-    row_scale: Tensor | None
-    valid: Tensor
-    row_labels: Tensor | None
-
-    def __init__(
-        self, size: int, dim: int, dtype: torch.dtype | None, labels: Tensor | None
-    ) -> None:
-        super().__init__()
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        check_count("dim", dim)
-        is_float8 = dtype == FLOAT8
-        if not is_float8:
-            check_float_dtype("dtype", dtype)
-        self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
-        # Row j is row_scale[j] * rows[j], of unit length; None: rows[j] is.
-        self.register_buffer("row_scale", torch.ones(size) if is_float8 else None)
-        self.register_buffer("valid", torch.zeros(size, dtype=torch.bool))
-        if labels is not None:
-            if labels.is_meta and not self.rows.is_meta:
-                raise ValueError("`labels` must hold values, got a tensor on the device meta")
-            labels = labels.to(self.rows.device)
-        self.register_buffer("row_labels", labels)
-        self._full = False
-        self._until_full = size  # rows to be written at least until every row is filled
-
-    @property
-    def dim(self) -> int:
-        return self.rows.shape[1]
-
-    @property
-    def is_full(self) -> bool:
-        """True once every row is known to be filled.
-
-        On a GPU finding out would wait for the device: there a queue knows after a whole turn, an
-        IndexedBank when a state is loaded.
-        """
-        return self._full
-
-    def __len__(self) -> int:
-        """Number of filled rows (reads the device)."""
-        return int(self.valid.sum())
-
-    def check_rows(self) -> None:
-        """Raises ValueError unless all rows are finite and the filled ones of length 1 (or 0, from
-        a key of 0), as the bank writes them; for states from elsewhere. Reads the device.
-        """
-        rows = self._rows_at(torch.arange(self.rows.shape[0], device=self.rows.device)).float()
-        if not bool(rows.isfinite().all()):
-            raise ValueError("the rows of a bank must be finite")
-        lengths = torch.linalg.vector_norm(rows[self.valid], dim=1)
-        dtype = self.rows.dtype if self.row_scale is None else self.row_scale.dtype
-        wrong = ((lengths - 1).abs() > max(1e-4, 4 * torch.finfo(dtype).eps)) & (lengths > 0)
-        if bool(wrong.any()):
-            raise ValueError(
-                f"the rows of a bank must have length 1, got {float(lengths[wrong][0]):.6g}"
-            )
-
-    def _write(self, index: Tensor, keys: Tensor, momentum: float) -> None:
-        if self.row_scale is None:
-            bank_update(self.rows, index, keys, momentum, self.valid, backend="auto")
-        else:
-            self._write_float8(self.row_scale, index, keys, momentum)
-        if self._full or torch.compiler.is_compiling():
-            return
-        self._until_full -= index.numel()
-        if self._until_full <= 0:
-            self._find_if_full()
-
-    def _write_float8(
-        self, row_scale: Tensor, index: Tensor, keys: Tensor, momentum: float
-    ) -> None:
-        """Updates the named rows in float32, and rounds them once."""
-        in_order, _ = index.sort()
-        place = torch.searchsorted(in_order, index)  # the same for the same row
-        named = self._rows_at(in_order)
-        bank_update(named, place, keys, momentum, self.valid[in_order], backend="auto")
-        rows, scale = _quantize(named[place])
-        # Module.half() and its kin make others of these, with the same meaning.
-        _bytes(self.rows)[index] = _bytes(rows.to(self.rows.dtype))
-        row_scale[index] = scale.to(row_scale.dtype)
-        self.valid.index_fill_(0, index, True)
-
-    def _rows_at(self, index: Tensor) -> Tensor:
-        """A copy of these rows; in float32, times their factors, where they are float8."""
-        if self.row_scale is None:
-            return self.rows[index]
-        rows = _bytes(self.rows)[index].view(self.rows.dtype)
-        return rows.float() * self.row_scale[index, None].float()
-
-    def _find_if_full(self) -> None:
-        if self.valid.is_cpu:
-            self._until_full = int((~self.valid).sum())
-            self._full = self._until_full == 0
-
-    def _check_keys(self, keys: Tensor) -> None:
-        check_tensor("keys", keys)
-        if keys.ndim != 2 or keys.shape[1] != self.dim:
-            raise ValueError(
-                f"`keys` must have shape (N, D) with D={self.dim}, got {tuple(keys.shape)}"
-            )
-        check_float_dtype("keys", keys.dtype)
-        check_device("keys", keys, self.rows.device, "the bank")
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict = self._in_own_precision(dict(state_dict), prefix)
-        for name, buffer in self.named_buffers(recurse=False):
-            loaded = state_dict.get(prefix + name)
-            if isinstance(loaded, Tensor) and loaded.shape != buffer.shape:
-                # All or nothing: torch would go on to load the buffers that fit.
-                errors = args[-1]
-                errors.append(
-                    f"{prefix}{name} must have shape {tuple(buffer.shape)}, the size of this "
-                    f"{type(self).__name__}, got {tuple(loaded.shape)}"
-                )
-                return
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._full = not self.valid.is_meta and bool(self.valid.all())
-        self._until_full = self.rows.shape[0]
-        self._find_if_full()
-
-    def _in_own_precision(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """A state of float8 rows for a bank of others, and the other way round."""
-        rows, scale = (state_dict.get(f"{prefix}{name}") for name in ("rows", "row_scale"))
-        if rows is None or (scale is None) == (self.row_scale is None):
-            return state_dict
-        if scale is None:
-            rows, scale = _quantize(rows.float())
-            return {**state_dict, f"{prefix}rows": rows, f"{prefix}row_scale": scale}
-        del state_dict[f"{prefix}row_scale"]
-        return {**state_dict, f"{prefix}rows": rows.float() * scale[:, None].float()}
-
-    def extra_repr(self) -> str:
-        size, dim = self.rows.shape
-        return f"{size}, {dim}, dtype={self.rows.dtype}, labels={self.row_labels is not None}"
-
-
-class MemoryQueue(_Bank):
+class MemoryQueue(BankRows):
     """First-in-first-out queue of negatives (the dictionary of MoCo).
 
     Rows are L2-normalised and carry no gradient. A new queue is empty and gives no negatives. In
@@ -194,6 +34,8 @@ class MemoryQueue(_Bank):
             right to about 1 % of their largest element at a temperature of 0.07, which must not be
             lower. The Triton kernels take it on sm_89 and newer; elsewhere backend "torch" runs.
         with_labels: keep an int64 label per row, to leave out negatives of the query's own class.
+        process_group: ranks of torch.distributed that share the rows; see codir_fast.distributed.
+            Default: this process has them all.
 
     Example:
         >>> queue = MemoryQueue(65536, 128)
@@ -206,19 +48,28 @@ class MemoryQueue(_Bank):
     position: Tensor
 
     def __init__(
-        self, size: int, dim: int, *, dtype: torch.dtype | None = None, with_labels: bool = False
+        self,
+        size: int,
+        dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        with_labels: bool = False,
+        process_group: Any = None,
     ) -> None:
         check_count("size", size)
         check_flag("with_labels", with_labels)
-        labels = torch.full((size,), -1) if with_labels else None
-        super().__init__(size, dim, dtype, labels)
+        super().__init__(size, dim, dtype, None, process_group)
+        if with_labels:
+            self.row_labels = torch.full((self.rows.shape[0],), -1)
         # Where the next key goes; a tensor, so that it travels with the state and needs no
         # recompilation.
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     @property
     def keys(self) -> Tensor:
-        """The filled rows, oldest first: a copy, (len, D); in float32 for a float8 queue."""
+        """The filled rows, oldest first: a copy, (len, D); in float32 for a float8 queue. Of a
+        sharded queue, those of this rank.
+        """
         return self._rows_at(self._oldest_first())
 
     @property
@@ -228,12 +79,19 @@ class MemoryQueue(_Bank):
 
     def _oldest_first(self) -> Tensor:
         size = self.rows.shape[0]
-        order = (self.position + torch.arange(size, device=self.rows.device)) % size
+        start = self.position
+        if self.shard is not None:  # the oldest row may be another rank's
+            start = start - self.shard.first
+            start = torch.where((start >= 0) & (start < size), start, 0)
+        order = (start + torch.arange(size, device=self.rows.device)) % size
         return order[self.valid[order]]
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, labels: Tensor | None = None) -> None:
         """Writes keys over the oldest rows, in order; of more keys than rows the newest stay.
+
+        A sharded queue takes the keys of all ranks, those of rank 0 first, as one process would
+        take them one after the other; all ranks must call it, with as many keys as each has.
 
         Args:
             keys: (N, D) floating point, any length; detached and normalised here. N need not divide
@@ -248,14 +106,38 @@ class MemoryQueue(_Bank):
         self._check_labels(keys, labels)
         if not self.training:
             return
-        size, N = self.rows.shape[0], keys.shape[0]
-        skipped = max(N - size, 0)
-        offset = torch.arange(skipped, N, device=keys.device)
-        index = (self.position + offset) % size
-        self._write(index, keys[skipped:], momentum=0.0)
+        N = total = keys.shape[0]
+        before = 0  # keys of lower ranks
+        if self.shard is not None:
+            told = self._agree_on_keys(keys)
+            total, before = sum(told), sum(told[: self.shard.ranks.rank])
+        skipped = min(max(total - self.size - before, 0), N)
+        offset = torch.arange(before + skipped, before + N, device=keys.device)
+        index, keys = (self.position + offset) % self.size, keys[skipped:]
+        if labels is not None:
+            labels = labels[skipped:].to(torch.int64)
+        if self.shard is not None:
+            index, keys, labels = self._to_owners(index, keys, labels)
+        self._write(index, keys, momentum=0.0)
         if self.row_labels is not None and labels is not None:
-            self.row_labels[index] = labels[skipped:].to(torch.int64)
-        self.position.copy_((self.position + N) % size)
+            self.row_labels[index] = labels
+        self.position.copy_((self.position + total) % self.size)
+
+    def _agree_on_keys(self, keys: Tensor) -> list[int]:
+        """How many keys each rank has."""
+        assert self.shard is not None
+        settings = (*self._settings(), ("keys", str(keys.dtype)))
+        every = self.shard.agree("MemoryQueue.enqueue", settings, [len(keys)], self.first_row)
+        return [count for (count,) in every]
+
+    def _to_owners(
+        self, index: Tensor, keys: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert self.shard is not None
+        columns = [index, keys] if labels is None else [index, keys, labels]
+        what = "MemoryQueue.enqueue, its keys on their way"
+        index, keys, *of_labels = self.shard.to_owners(what, (), self.first_row, *columns)
+        return index, keys, of_labels[0] if of_labels else None
 
     def _find_if_full(self) -> None:
         super()._find_if_full()
@@ -273,7 +155,7 @@ class MemoryQueue(_Bank):
         check_device("labels", labels, self.rows.device, "the bank")
 
 
-class IndexedBank(_Bank):
+class IndexedBank(BankRows):
     """One row per training example: b_r <- normalise(m * b_r + (1 - m) * key).
 
     A row that was never updated is no negative, and takes its first key, normalised. In eval mode
@@ -286,7 +168,9 @@ class IndexedBank(_Bank):
         dim: width of a row, D.
         momentum: m in [0, 1].
         dtype: of the rows; default torch's default dtype; torch.float8_e4m3fn as for MemoryQueue.
-        labels: (num_rows,) integers, the class of each example.
+        labels: (num_rows,) integers, the class of each example; of a sharded bank too.
+        process_group: ranks of torch.distributed that share the rows; see codir_fast.distributed.
+            Default: this process has them all.
 
     Source: Wu et al. 2018, Unsupervised Feature Learning via Non-Parametric Instance
         Discrimination; momentum 0.5 as in Sun et al. 2020, Contrastive Distillation on Intermediate
@@ -301,6 +185,7 @@ class IndexedBank(_Bank):
         momentum: float = 0.5,
         dtype: torch.dtype | None = None,
         labels: Tensor | None = None,
+        process_group: Any = None,
     ) -> None:
         check_number("momentum", momentum)
         if not 0 <= momentum <= 1:
@@ -309,13 +194,13 @@ class IndexedBank(_Bank):
         if labels is not None:
             check_integers("labels", labels, f"(num_rows,) with num_rows={num_rows}", num_rows)
             labels = labels.to(torch.int64, copy=True)
-        super().__init__(num_rows, dim, dtype, labels)
+        super().__init__(num_rows, dim, dtype, labels, process_group)
         self.momentum = momentum
 
     @property
     def keys(self) -> Tensor:
         """All rows in order, (num_rows, D): the bank itself, no copy (one in float32 for a float8
-        bank); a row that was never updated is 0.
+        bank); a row that was never updated is 0. Of a sharded bank, those of this rank.
         """
         if self.row_scale is None:
             return self.rows
@@ -323,7 +208,7 @@ class IndexedBank(_Bank):
 
     @property
     def labels(self) -> Tensor | None:
-        """The label of each row, (num_rows,) int64; None for a bank without labels."""
+        """The label of each of `keys`, int64; None for a bank without labels."""
         return self.row_labels
 
     @torch.no_grad()
@@ -331,9 +216,12 @@ class IndexedBank(_Bank):
         """Mixes each key into its example's row; a row that is named more than once takes its keys
         one after the other, in batch order.
 
-        Nothing waits for a GPU, but where backend "torch" runs there (see codir_fast.backends()):
-        it reads back how often rows repeat if momentum is above 0, so that no CUDA graph can hold
-        it.
+        A sharded bank takes the keys of all ranks, those of rank 0 first; all ranks must call it,
+        with as many keys as each has, of whatever rows. It waits for the device.
+
+        Nothing else waits for a GPU, but where backend "torch" runs there (see
+        codir_fast.backends()): it reads back how often rows repeat if momentum is above 0, so that
+        no CUDA graph can hold it.
 
         Args:
             index: (N,) integers in [0, num_rows). The range is checked on the CPU; a GPU checks it
@@ -346,9 +234,19 @@ class IndexedBank(_Bank):
         self._check_keys(keys)
         check_integers("index", index, f"(N,) with N={keys.shape[0]}", keys.shape[0])
         check_device("index", index, self.rows.device, "the bank")
-        check_index("index", index, 0, self.rows.shape[0])
-        if self.training:
-            self._write(index.to(torch.int64), keys, self.momentum)
+        check_index("index", index, 0, self.size)
+        if not self.training:
+            return
+        index = index.to(torch.int64)
+        if self.shard is not None:
+            settings = (
+                *self._settings(),
+                ("momentum", self.momentum),
+                ("keys", str(keys.dtype)),
+            )
+            entries = (self.first_row, index, keys)
+            index, keys = self.shard.to_owners("IndexedBank.update", settings, *entries)
+        self._write(index, keys, self.momentum)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, momentum={self.momentum}"

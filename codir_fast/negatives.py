@@ -18,6 +18,7 @@ from codir_fast.checks import (
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 from codir_fast.ops.contrast import compute_dtype
 from codir_fast.ops.unit_rows import EPS, unit_rows
+from codir_fast.sharding import GlobalBatch
 
 Negatives: TypeAlias = Tensor | MemoryQueue | IndexedBank | None
 _WIDENED = 1 << 18  # elements, 1 MiB in float32
@@ -25,10 +26,16 @@ _WIDENED = 1 << 18  # elements, 1 MiB in float32
 
 @dataclass
 class ChosenNegatives:
-    """The negatives as the operators take them; `source` is what the user gave."""
+    """The negatives as the operators take them; `source` is what the user gave.
+
+    Where they are sharded, `rows` and what belongs to them are this rank's, and `index` and
+    `exclude_index` speak of the rows of all ranks, of which this rank's begin at `first_row`.
+    """
 
     rows: Tensor
     source: Negatives
+    total: int  # rows of all ranks, K
+    first_row: int = 0
     scale: Tensor | None = None
     valid: Tensor | None = None
     index: Tensor | None = None
@@ -50,12 +57,12 @@ class ChosenNegatives:
         """Negatives that each query has before masks, M in NCE."""
         if self.index is not None:
             return self.index.shape[1]
-        return max(self.rows.shape[0] - 1, 0) if self.in_batch else self.rows.shape[0]
+        return max(self.total - 1, 0) if self.in_batch else self.total
 
     @property
     def num_rows(self) -> int:
         """Rows that a query's negatives are taken from, n in NCE."""
-        return self.num_offered if self.own else self.rows.shape[0]
+        return self.num_offered if self.own else self.total
 
 
 def choose_negatives(
@@ -67,17 +74,22 @@ def choose_negatives(
     negative_labels: Tensor | None,
     negative_index: Tensor | None,
     exclude_index: Tensor | None,
+    batch: GlobalBatch | None = None,
 ) -> ChosenNegatives:
     """Checks all that picks the negatives; `positive` are the keys, prepared where they serve as
-    negatives.
+    negatives. `batch`: of all ranks, where negatives are sharded.
     """
     chosen = _choose_rows(query, positive, negative_keys, normalize)
+    if batch is None and isinstance(negative_keys, (MemoryQueue, IndexedBank)):
+        _check_whole(negative_keys)
+    if batch is not None and not chosen.own:
+        chosen.total, chosen.first_row = batch.num_rows, batch.first_row
     if negative_index is not None:
         if chosen.in_batch:
             raise ValueError("`negative_index` needs `negative_keys`, a (K, D) tensor or a bank")
         if chosen.own:
             raise ValueError("`negative_index` needs `negative_keys` shared by all queries")
-        chosen.index = _check_index(query, negative_index, chosen.rows.shape[0])
+        chosen.index = _check_index(query, negative_index, chosen.total)
     chosen.labels, chosen.row_labels = _choose_labels(query, chosen, labels, negative_labels)
     chosen.exclude_index = _choose_exclusion(query, chosen, exclude_index)
     return chosen
@@ -87,17 +99,19 @@ def _choose_rows(
     query: Tensor, positive: Tensor, negative_keys: Negatives, normalize: bool
 ) -> ChosenNegatives:
     if negative_keys is None:
-        return ChosenNegatives(positive, source=None)
+        return ChosenNegatives(positive, source=None, total=len(positive))
     if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
         _check_bank(query, negative_keys)
         valid = None if negative_keys.is_full else negative_keys.valid
         rows, scale = negative_keys.rows, negative_keys.row_scale
         if scale is not None:
             scale = scale.to(compute_dtype(query.dtype))
-        return ChosenNegatives(rows, source=negative_keys, scale=scale, valid=valid)
+        return ChosenNegatives(
+            rows, source=negative_keys, total=len(rows), scale=scale, valid=valid
+        )
     _check_explicit(query, negative_keys)
     rows, scale = _explicit(negative_keys.flatten(0, -2), compute_dtype(query.dtype), normalize)
-    chosen = ChosenNegatives(rows, source=negative_keys, scale=scale)
+    chosen = ChosenNegatives(rows, source=negative_keys, total=len(rows), scale=scale)
     if chosen.own:
         B, M, _ = negative_keys.shape
         chosen.index = torch.arange(B * M, device=query.device).view(B, M)
@@ -145,6 +159,14 @@ def _check_bank(query: Tensor, bank: MemoryQueue | IndexedBank) -> None:
     check_device("negative_keys", bank.rows, query.device, "`query`")
     if bank.rows.dtype == torch.float64 and query.dtype != torch.float64:
         raise ValueError("`negative_keys` is a float64 bank, which needs a float64 `query`")
+
+
+def _check_whole(bank: MemoryQueue | IndexedBank) -> None:
+    if bank.shard is not None:
+        raise ValueError(
+            "`negative_keys` is sharded over a process group: give the loss the same "
+            "`process_group`"
+        )
 
 
 def _check_explicit(query: Tensor, negative_keys: Tensor) -> None:
@@ -206,13 +228,13 @@ def _check_own_labels(negative_labels: Tensor, negative_keys: Tensor) -> None:
 def _choose_exclusion(
     query: Tensor, negatives: ChosenNegatives, exclude_index: Tensor | None
 ) -> Tensor | None:
-    B, K = query.shape[0], negatives.rows.shape[0]
+    B, K = query.shape[0], negatives.total
     if negatives.in_batch:
         if exclude_index is not None:
             raise ValueError(
                 "`exclude_index` needs `negative_keys`: in-batch each query's own key is left out"
             )
-        return torch.arange(B, device=query.device)
+        return torch.arange(negatives.first_row, negatives.first_row + B, device=query.device)
     if exclude_index is None:
         return None
     if negatives.own:

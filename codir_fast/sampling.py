@@ -37,7 +37,7 @@ def sample_negatives(
 
     Raises:
         ValueError: fewer than M such rows for a query (none at all, with replacement); names the
-            query and how many there are.
+            query and how many there are. A sharded bank.
         TypeError, ValueError: a wrong type, shape, dtype or device; a bank without labels.
 
     Example:
@@ -72,6 +72,11 @@ def _own_rows(
             f"`bank` must be a MemoryQueue or an IndexedBank, got {type(bank).__name__}"
         )
     check_count("M", M)
+    if bank.shard is not None:
+        raise ValueError(
+            "`bank` must have all its rows here, drawing from one that is sharded over a process "
+            "group is not built: leave out `negative_index`, a pass over all rows costs little more"
+        )
     if bank.row_labels is None:
         raise ValueError("`bank` must have labels; this one has none")
     check_tensor("labels", labels)

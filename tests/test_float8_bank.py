@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import codir_fast
 from codir_fast import reference
-from codir_fast.memory_bank import FLOAT8
+from codir_fast.bank_rows import FLOAT8
 
 K, D = 300, 128
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from codir_fast.functional import check_temperature, contrastive_loss
+from codir_fast.functional import contrastive_loss
+from codir_fast.loss_arguments import check_temperature
 from codir_fast.memory_bank import MemoryQueue
 
 

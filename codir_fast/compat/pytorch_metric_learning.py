@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codir_fast.checks import check_count, check_integers, check_tensor
-from codir_fast.functional import check_temperature, contrastive_loss
+from codir_fast.functional import contrastive_loss
+from codir_fast.loss_arguments import check_temperature
 
 # What the original takes too, with its default.
 _NOT_SUPPORTED = {

@@ -1,0 +1,225 @@
+"""What memory banks share: unit rows in any precision, all of them or a shard, and their state."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codir_fast.checks import check_count, check_device, check_float_dtype, check_tensor
+from codir_fast.collectives import Settings
+from codir_fast.ops.bank_update import bank_update
+from codir_fast.sharding import Shard, shard_of
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """float8 rows for indexing, which few devices know for their dtype; others as they are."""
+    return rows.view(torch.int8) if rows.dtype == FLOAT8 else rows
+
+
+def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (N, D) in float8 and their factors (N,), which restore the length that they had, up to
+    1e-12: it is what logits depend on most.
+    """
+    largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    rounded = (rows * (torch.finfo(FLOAT8).max / largest)).to(FLOAT8)
+    norms = (torch.linalg.vector_norm(x, dim=1) for x in (rows, rounded.float()))
+    norm, rounded_norm = (x.clamp_min(1e-12) for x in norms)
+    return rounded, norm / rounded_norm
+
+
+class BankRows(nn.Module):
+    """Unit rows (K, D), which of them are filled, and their labels; all of it buffers, in the
+    state_dict. Of a sharded bank, those of this rank.
+    """
+
+    rows: Tensor
+    row_scale: Tensor | None
+    valid: Tensor
+    row_labels: Tensor | None
+    first_row: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        dtype: torch.dtype | None,
+        labels: Tensor | None,
+        process_group: Any,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.shard = shard_of(size, process_group)
+        if self.shard is not None:
+            size = self.shard.num_rows
+            labels = None if labels is None else self.shard.own(labels).clone()
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        check_count("dim", dim)
+        is_float8 = dtype == FLOAT8
+        if not is_float8:
+            check_float_dtype("dtype", dtype)
+        self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
+        # Row j is row_scale[j] * rows[j], of unit length; None: rows[j] is.
+        self.register_buffer("row_scale", torch.ones(size) if is_float8 else None)
+        self.register_buffer("valid", torch.zeros(size, dtype=torch.bool))
+        if labels is not None:
+            if labels.is_meta and not self.rows.is_meta:
+                raise ValueError("`labels` must hold values, got a tensor on the device meta")
+            labels = labels.to(self.rows.device)
+        self.register_buffer("row_labels", labels)
+        if self.shard is not None:
+            self.register_buffer("first_row", torch.tensor(self.shard.first))
+        self._full = False
+        self._until_full = size  # rows to be written at least until every row is filled
+
+    @property
+    def dim(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def is_full(self) -> bool:
+        """True once every row is known to be filled.
+
+        On a GPU finding out would wait for the device: there a queue knows after a whole turn, an
+        IndexedBank when a state is loaded.
+        """
+        return self._full
+
+    def __len__(self) -> int:
+        """Number of filled rows, of this rank if the bank is sharded (reads the device)."""
+        return int(self.valid.sum())
+
+    def _settings(self) -> Settings:
+        """What all ranks must have alike."""
+        return (
+            ("size", self.size),
+            ("dim", self.dim),
+            ("dtype", str(self.rows.dtype)),
+            ("labels", self.row_labels is not None),
+        )
+
+    def check_rows(self) -> None:
+        """Raises ValueError unless all rows are finite and the filled ones of length 1 (or 0, from
+        a key of 0), as the bank writes them; for states from elsewhere. Reads the device.
+        """
+        rows = self._rows_at(torch.arange(self.rows.shape[0], device=self.rows.device)).float()
+        if not bool(rows.isfinite().all()):
+            raise ValueError("the rows of a bank must be finite")
+        lengths = torch.linalg.vector_norm(rows[self.valid], dim=1)
+        dtype = self.rows.dtype if self.row_scale is None else self.row_scale.dtype
+        wrong = ((lengths - 1).abs() > max(1e-4, 4 * torch.finfo(dtype).eps)) & (lengths > 0)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"the rows of a bank must have length 1, got {float(lengths[wrong][0]):.6g}"
+            )
+
+    def _write(self, index: Tensor, keys: Tensor, momentum: float) -> None:
+        if self.row_scale is None:
+            bank_update(self.rows, index, keys, momentum, self.valid, backend="auto")
+        else:
+            self._write_float8(self.row_scale, index, keys, momentum)
+        if self._full or torch.compiler.is_compiling():
+            return
+        self._until_full -= index.numel()
+        if self._until_full <= 0:
+            self._find_if_full()
+
+    def _write_float8(
+        self, row_scale: Tensor, index: Tensor, keys: Tensor, momentum: float
+    ) -> None:
+        """Updates the named rows in float32, and rounds them once."""
+        in_order, _ = index.sort()
+        place = torch.searchsorted(in_order, index)  # the same for the same row
+        named = self._rows_at(in_order)
+        bank_update(named, place, keys, momentum, self.valid[in_order], backend="auto")
+        rows, scale = _quantize(named[place])
+        # Module.half() and its kin make others of these, with the same meaning.
+        _bytes(self.rows)[index] = _bytes(rows.to(self.rows.dtype))
+        row_scale[index] = scale.to(row_scale.dtype)
+        self.valid.index_fill_(0, index, True)
+
+    def _rows_at(self, index: Tensor) -> Tensor:
+        """A copy of these rows; in float32, times their factors, where they are float8."""
+        if self.row_scale is None:
+            return self.rows[index]
+        rows = _bytes(self.rows)[index].view(self.rows.dtype)
+        return rows.float() * self.row_scale[index, None].float()
+
+    def _find_if_full(self) -> None:
+        if self.valid.is_cpu:
+            self._until_full = int((~self.valid).sum())
+            self._full = self._until_full == 0
+
+    def _check_keys(self, keys: Tensor) -> None:
+        check_tensor("keys", keys)
+        if keys.ndim != 2 or keys.shape[1] != self.dim:
+            raise ValueError(
+                f"`keys` must have shape (N, D) with D={self.dim}, got {tuple(keys.shape)}"
+            )
+        check_float_dtype("keys", keys.dtype)
+        check_device("keys", keys, self.rows.device, "the bank")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict = self._in_own_precision(dict(state_dict), prefix)
+        if self.shard is not None:
+            state_dict = _own_part(state_dict, prefix, self.shard)
+            found = state_dict.get(f"{prefix}first_row")
+            if isinstance(found, Tensor) and int(found) != self.shard.first:
+                args[-1].append(
+                    f"{prefix}rows must be rows from {self.shard.first} on, this rank's, or all "
+                    f"{self.size}, got rows from {int(found)} on: "
+                    "codir_fast.distributed.reshard_state makes them fit"
+                )
+                return
+        for name, buffer in self.named_buffers(recurse=False):
+            loaded = state_dict.get(prefix + name)
+            if isinstance(loaded, Tensor) and loaded.shape != buffer.shape:
+                # All or nothing: torch would go on to load the buffers that fit.
+                errors = args[-1]
+                errors.append(
+                    f"{prefix}{name} must have shape {tuple(buffer.shape)}, the size of this "
+                    f"{type(self).__name__}, got {tuple(loaded.shape)}"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._full = not self.valid.is_meta and bool(self.valid.all())
+        self._until_full = self.rows.shape[0]
+        self._find_if_full()
+
+    def _in_own_precision(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """A state of float8 rows for a bank of others, and the other way round."""
+        rows, scale = (state_dict.get(f"{prefix}{name}") for name in ("rows", "row_scale"))
+        if rows is None or (scale is None) == (self.row_scale is None):
+            return state_dict
+        if scale is None:
+            rows, scale = _quantize(rows.float())
+            return {**state_dict, f"{prefix}rows": rows, f"{prefix}row_scale": scale}
+        del state_dict[f"{prefix}row_scale"]
+        return {**state_dict, f"{prefix}rows": rows.float() * scale[:, None].float()}
+
+    def extra_repr(self) -> str:
+        whole = (
+            f"{self.size}, {self.dim}, dtype={self.rows.dtype}, "
+            f"labels={self.row_labels is not None}"
+        )
+        if self.shard is None:
+            return whole
+        end = self.shard.first + self.shard.num_rows
+        return f"{whole}, rows {self.shard.first} to {end} here"
+
+
+ROW_BUFFERS = ("rows", "row_scale", "valid", "row_labels")
+
+
+def _own_part(state_dict: dict[str, Any], prefix: str, shard: Shard) -> dict[str, Any]:
+    """The state of all rows, where it is one, cut to those of this rank; others as they are."""
+    rows = state_dict.get(f"{prefix}rows")
+    if not isinstance(rows, Tensor) or rows.ndim == 0 or f"{prefix}first_row" in state_dict:
+        return state_dict
+    cut = {f"{prefix}first_row": torch.tensor(shard.first)}
+    for name in ROW_BUFFERS:
+        value = state_dict.get(f"{prefix}{name}")
+        if isinstance(value, Tensor) and value.ndim and len(value) == shard.size:
+            cut[f"{prefix}{name}"] = shard.own(value)
+    return {**state_dict, **cut}

@@ -1,0 +1,264 @@
+"""Banks and losses over a process group of torch.distributed.
+
+    torch.distributed.init_process_group()  # under torchrun, accelerate or SLURM
+    group = torch.distributed.group.WORLD
+    queue = codir_fast.MemoryQueue(1 << 20, 128, process_group=group)
+    loss_fn = codir_fast.ContrastiveLoss(process_group=group)
+    loss_fn(query, key, queue).backward()  # each rank with its own batch
+    queue.enqueue(key)
+
+Rank r of R holds rows [r * ceil(K / R), (r + 1) * ceil(K / R)) of a sharded bank. `enqueue` and
+`update` send each key to the rank that holds its row; afterwards the ranks hold together what one
+process would that had their batches one after the other, rank 0's first. Row numbers and labels are
+those of the whole bank; `rows`, `keys`, `labels` and len() of a sharded bank are of this rank.
+
+All ranks must take the same steps: each loss, `enqueue` and `update` is one on all of them, also
+with no rows. Ranks that differ in a setting (D, dtype, temperature, objective, size of the bank)
+are told so, by the small exchange of batch sizes that each step begins with. A rank that ends, or
+does not come within the timeout of the process group, ends the others' step with a RuntimeError.
+
+Without a process group nothing here is at work: a bank is this process's own, filled by its own
+batches, though others run beside it; DistributedDataParallel then copies rank 0's over them in each
+forward pass if the bank is part of the model that it wraps. That is rarely meant.
+
+docs/scaling.md has what it costs.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from codir_fast.bank_rows import ROW_BUFFERS, BankRows
+from codir_fast.checks import check_choice, check_count
+from codir_fast.collectives import gather_blocks
+from codir_fast.loss_arguments import (
+    OBJECTIVES,
+    as_scalar,
+    check_float8,
+    check_pair,
+    inverse_temperature,
+)
+from codir_fast.negatives import Negatives, choose_negatives
+from codir_fast.ops.contrast import PreparedPair
+from codir_fast.partial_sums import PartialSums, combine_partial_sums
+from codir_fast.sharded_contrast import Objective, positive_sums, scan
+from codir_fast.sharding import GlobalBatch, Shard
+
+__all__ = [
+    "PartialSums",
+    "combine_partial_sums",
+    "gather_state",
+    "ignore_shards_in_ddp",
+    "partial_sums",
+    "reshard_state",
+]
+
+_BLOCK_BYTES = 1 << 26  # of a bank that travel at once
+
+
+def ignore_shards_in_ddp(model: nn.Module) -> None:
+    """Makes DistributedDataParallel leave the sharded banks of `model` alone, whose buffers it
+    would overwrite with rank 0's; to be called before it wraps `model`.
+    """
+    ignored = {name for name, bank in _sharded_banks(model) for name in _buffer_names(name, bank)}
+    ignored |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
+
+
+def gather_state(module: nn.Module, *, dst: int = 0) -> dict[str, Tensor] | None:
+    """The state_dict of a module with sharded banks, of all their rows, on the CPU: what one
+    process would save. A step of all ranks, `dst` of their group gets it, others None.
+
+    It loads with load_state_dict into banks of one process and of any number of ranks, each of
+    which takes its own rows. Rank `dst` needs memory for all rows.
+    """
+    state = {name: value.cpu() for name, value in module.state_dict().items()}
+    is_dst = True
+    for name, bank in _sharded_banks(module):
+        assert bank.shard is not None
+        is_dst = bank.shard.ranks.rank == dst
+        prefix = _prefix(name)
+        del state[f"{prefix}first_row"]
+        for buffer_name in ROW_BUFFERS:
+            buffer = getattr(bank, buffer_name)
+            if buffer is not None:
+                state[f"{prefix}{buffer_name}"] = _gathered(bank.shard, buffer, dst)
+    return state if is_dst else None
+
+
+def reshard_state(states: Iterable[Mapping[str, Tensor]], module: nn.Module) -> dict[str, Tensor]:
+    """The state that `module` loads on this rank, out of the state_dicts that all ranks of a run
+    saved, of however many ranks, in whatever order.
+
+    Of each state only the rows that this rank holds are kept: a generator that reads one file
+    after the other needs no memory for all. What belongs to no sharded bank is taken from the first
+    state.
+
+    Args:
+        states: state_dicts of modules like `module`, with its names; or one of all rows.
+        module: its banks, sharded or not, say which rows are wanted.
+
+    Raises:
+        ValueError: rows that are in none of the states; no states.
+    """
+    result: dict[str, Tensor] = {}
+    banks = {_prefix(name): bank for name, bank in _banks(module)}
+    covered = {
+        prefix: torch.zeros(len(bank.rows), dtype=torch.bool) for prefix, bank in banks.items()
+    }
+    seen = False
+    for state in states:
+        seen = True
+        for prefix, bank in banks.items():
+            _take_rows(result, covered[prefix], state, prefix, bank)
+        for name in state.keys() - result.keys() - {f"{prefix}first_row" for prefix in banks}:
+            result[name] = state[name]
+    if not seen:
+        raise ValueError("`states` must hold a state for each rank of the run, got none")
+    for prefix, bank in banks.items():
+        if not bool(covered[prefix].all()):
+            missing = int((~covered[prefix]).nonzero()[0]) + _first(bank)
+            raise ValueError(
+                f"`states` must hold all rows of `{prefix}rows`, row {missing} is in none"
+            )
+        if bank.shard is not None:
+            result[f"{prefix}first_row"] = torch.tensor(bank.shard.first)
+    return result
+
+
+@torch.no_grad()
+def partial_sums(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Negatives,
+    *,
+    temperature: float | Tensor = 0.07,
+    objective: str = "infonce",
+    normalize: bool = True,
+    backend: str = "auto",
+    labels: Tensor | None = None,
+    negative_labels: Tensor | None = None,
+    negative_index: Tensor | None = None,
+    exclude_index: Tensor | None = None,
+    log_partition: float | Tensor | None = None,
+    num_noise: int = 1,
+    num_data: int = 1,
+) -> PartialSums:
+    """Loss and gradients of each query over a part of its negatives, for a topology of your own;
+    combine_partial_sums makes those of several parts one. Nothing is communicated.
+
+    Of a sharded bank it takes the rows of this rank, numbered from 0 on.
+
+    Args:
+        query, positive_key, temperature, normalize, backend, labels, negative_labels,
+        negative_index, exclude_index: as for contrastive_loss.
+        negative_keys: a tensor, of any number of rows, or a bank. None: NCE's term of the
+            positive, one part of its sum; 0 in InfoNCE, whose parts all know the positive.
+        objective, log_partition: as for contrastive_loss; NCE needs log Z.
+        num_noise, num_data: M and n of NCE, of all negatives.
+
+    Example:
+        >>> parts = [partial_sums(q, p, rows) for rows in bank.split(1000)]
+        >>> loss, dquery, _ = combine_partial_sums(parts)  # as contrastive_loss(q, p, bank)
+    """
+    check_choice("objective", objective, OBJECTIVES)
+    check_count("num_noise", num_noise)
+    check_count("num_data", num_data)
+    check_pair(query, positive_key)
+    is_of_positive = negative_keys is None
+    if negative_keys is None:
+        negative_keys = query[:0]
+    if (objective == "nce") != (log_partition is not None):
+        raise ValueError(
+            f'`log_partition` must be given for objective "nce" alone, got {log_partition} '
+            f"for {objective!r}"
+        )
+    here = None
+    if isinstance(negative_keys, BankRows) and negative_keys.shard is not None:
+        ranks, num_rows = negative_keys.shard.ranks, len(negative_keys.rows)
+        here = GlobalBatch(ranks, (len(query),), 0, num_rows)
+    picks = (labels, negative_labels, negative_index, exclude_index)
+    chosen = choose_negatives(query, positive_key, negative_keys, normalize, *picks, here)
+    check_float8(chosen, temperature)
+    log_z = None if log_partition is None else as_scalar(log_partition, query)
+    inv_temperature = inverse_temperature(temperature, query)
+    meant = Objective(inv_temperature, log_z, num_noise, num_data, normalize, backend)
+    if objective == "infonce":
+        return scan(query, positive_key, chosen, meant)
+    pair, meant = PreparedPair(query, positive_key, normalize), replace(meant, normalize=False)
+    if is_of_positive:
+        sums, _ = positive_sums(pair.query, pair.positive, chosen, meant)
+    else:
+        sums = scan(pair.query, pair.positive, chosen, meant)
+    loss, dquery, dinv_temperature = sums
+    dquery = pair.bring_back((loss, loss, dquery, dquery, dinv_temperature))[2]
+    return PartialSums(loss, dquery, dinv_temperature)
+
+
+def _banks(module: nn.Module) -> Iterator[tuple[str, BankRows]]:
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, BankRows))
+
+
+def _sharded_banks(module: nn.Module) -> Iterator[tuple[str, BankRows]]:
+    return ((name, bank) for name, bank in _banks(module) if bank.shard is not None)
+
+
+def _prefix(name: str) -> str:
+    return f"{name}." if name else ""
+
+
+def _buffer_names(name: str, bank: BankRows) -> list[str]:
+    return [f"{_prefix(name)}{buffer}" for buffer, _ in bank.named_buffers(recurse=False)]
+
+
+def _first(bank: BankRows) -> int:
+    return 0 if bank.shard is None else bank.shard.first
+
+
+def _gathered(shard: Shard, buffer: Tensor, dst: int) -> Tensor:
+    """All ranks' rows of a buffer, on the CPU; of rank dst alone."""
+    whole = buffer.new_empty(0, device="cpu")
+    if shard.ranks.rank == dst:
+        whole = torch.empty(shard.size, *buffer.shape[1:], dtype=buffer.dtype)
+    row_bytes = buffer.element_size() * buffer.shape[1:].numel()
+    step = max(1, _BLOCK_BYTES // row_bytes // shard.ranks.size)
+    for start in range(0, shard.block, step):
+        own = buffer[start : start + step]
+        sent = buffer.new_zeros(min(step, shard.block - start), *buffer.shape[1:])
+        sent[: len(own)] = own
+        blocks = gather_blocks(shard.ranks, "gather_state", sent, dst)
+        for rank, block in enumerate(blocks or ()):
+            first = shard.first_of(rank) + start
+            end = min(first + len(block), shard.first_of(rank + 1))
+            if first < end:
+                whole[first:end] = block[: end - first].cpu()
+    return whole
+
+
+def _take_rows(
+    result: dict[str, Tensor],
+    covered: Tensor,
+    state: Mapping[str, Tensor],
+    prefix: str,
+    bank: BankRows,
+) -> None:
+    """Copies the rows that `bank` holds out of a state that has some of them."""
+    wanted, num_rows = _first(bank), len(bank.rows)
+    first, rows = int(state.get(f"{prefix}first_row", 0)), state[f"{prefix}rows"]
+    if first + len(rows) > bank.size:
+        raise ValueError(
+            f"`states` must be of a bank of {bank.size} rows as `{prefix}rows`, got row "
+            f"{first + len(rows) - 1}"
+        )
+    begin = max(wanted, first)
+    end = max(begin, min(wanted + num_rows, first + len(rows)))
+    for name in (f"{prefix}{name}" for name in ROW_BUFFERS):
+        if name in state:
+            value = state[name]
+            if name not in result:
+                result[name] = value.new_zeros(num_rows, *value.shape[1:])
+            result[name][begin - wanted : end - wanted] = value[begin - first : end - first]
+    covered[begin - wanted : end - wanted] = True

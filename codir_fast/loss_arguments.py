@@ -1,0 +1,126 @@
+"""Arguments of the contrastive loss: what they must be, and what the operators take for them."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from codir_fast.bank_rows import FLOAT8
+from codir_fast.checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_flag,
+    check_float_dtype,
+    check_number,
+    check_tensor,
+)
+from codir_fast.negatives import ChosenNegatives, check_input_dtype
+from codir_fast.ops.contrast import compute_dtype
+from codir_fast.ops.unit_rows import unit_rows
+
+OBJECTIVES = ("infonce", "nce")
+REDUCTIONS = ("none", "mean", "sum")
+_MIN_FLOAT8_TEMPERATURE = 0.0699  # 0.07, in whatever precision it comes
+
+
+def check_options(objective: str, reduction: str, normalize: bool, symmetric: bool) -> None:
+    check_choice("objective", objective, OBJECTIVES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_flag("normalize", normalize)
+    check_flag("symmetric", symmetric)
+
+
+def check_nce(objective: str, log_partition: float | Tensor | None, num_data: int | None) -> None:
+    for name, value in (("log_partition", log_partition), ("num_data", num_data)):
+        if objective != "nce" and value is not None:
+            raise ValueError(f'`{name}` needs objective "nce", got {objective!r}')
+    if num_data is not None:
+        check_count("num_data", num_data)
+        if num_data >= 1 << 63:
+            raise ValueError(f"`num_data` must be below 2^63, got {num_data}")
+    if log_partition is not None and not isinstance(log_partition, Tensor):
+        _check_log_partition(log_partition)
+
+
+def check_temperature(temperature: float) -> None:
+    check_number("temperature", temperature)
+    # Comparisons only: torch.compile can follow them.
+    if not (0 < temperature < math.inf and 1 / temperature < math.inf):
+        raise ValueError(f"`temperature` must be positive and finite, got {temperature}")
+
+
+def _check_log_partition(log_partition: float) -> None:
+    check_number("log_partition", log_partition)
+    if not -math.inf < log_partition < math.inf:
+        raise ValueError(f"`log_partition` must be finite, got {log_partition}")
+
+
+def prepare(query: Tensor, positive_key: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that the operators compute in, of unit rows if `normalize`."""
+    compute = compute_dtype(query.dtype)
+    q, p = query.to(compute), positive_key.to(compute)
+    if normalize:
+        q, p = unit_rows(q), unit_rows(p)
+    return q.contiguous(), p.contiguous()
+
+
+def check_pair(query: Tensor, positive_key: Tensor) -> None:
+    for name, value in (("query", query), ("positive_key", positive_key)):
+        check_tensor(name, value)
+        check_float_dtype(name, value.dtype)
+    if query.ndim != 2 or query.shape[1] == 0:
+        raise ValueError(
+            f"`query` must have shape (B, D) with D at least 1, got {tuple(query.shape)}"
+        )
+    if positive_key.shape != query.shape:
+        B, D = query.shape
+        raise ValueError(
+            f"`positive_key` must have shape (B, D) with B={B}, D={D} as `query`, "
+            f"got {tuple(positive_key.shape)}"
+        )
+    check_device("positive_key", positive_key, query.device, "`query`")
+    check_input_dtype("positive_key", positive_key, query)
+
+
+def inverse_temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
+    if not isinstance(temperature, Tensor):
+        check_temperature(temperature)
+        return torch.full((), 1 / temperature, dtype=torch.float64, device="cpu")
+    check_tensor("temperature", temperature)
+    if temperature.ndim != 0:
+        raise ValueError(f"`temperature` must be 0-d, got shape {tuple(temperature.shape)}")
+    check_float_dtype("temperature", temperature.dtype)
+    if temperature.device.type != "cpu":
+        check_device("temperature", temperature, query.device, "`query` or on the CPU")
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_temperature(temperature.item())
+    return temperature.to(compute_dtype(query.dtype)).reciprocal()
+
+
+def check_float8(negatives: ChosenNegatives, temperature: float | Tensor) -> None:
+    """Colder, the rounding of the rows would show: where looking does not wait for a device."""
+    if negatives.rows.dtype != FLOAT8 or torch.compiler.is_compiling():
+        return
+    if isinstance(temperature, Tensor):
+        if temperature.device.type != "cpu":
+            return
+        temperature = temperature.item()
+    if temperature < _MIN_FLOAT8_TEMPERATURE:
+        raise ValueError(
+            f"`temperature` must be at least 0.07 with a float8 bank, got {temperature}"
+        )
+
+
+def as_scalar(log_partition: float | Tensor, query: Tensor) -> Tensor:
+    if not isinstance(log_partition, Tensor):
+        return torch.full((), log_partition, dtype=torch.float64, device=query.device)
+    check_tensor("log_partition", log_partition)
+    if log_partition.ndim != 0:
+        raise ValueError(f"`log_partition` must be 0-d, got shape {tuple(log_partition.shape)}")
+    check_float_dtype("log_partition", log_partition.dtype)
+    check_device("log_partition", log_partition, query.device, "`query`")
+    if log_partition.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_log_partition(log_partition.item())
+    wide = torch.float64 if log_partition.dtype == torch.float64 else torch.float32
+    return log_partition.detach().to(wide)

@@ -1,0 +1,106 @@
+"""Which rank of a process group holds which rows of a bank, and the batch that all ranks have
+together.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codir_fast.collectives import Ranks, Settings, agree, exchange, outside_graphs, ranks_of
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows [first, first + num_rows) of `size`, which this rank holds.
+
+    Every rank has ceil(size / R) rows, as torch.chunk cuts them, the last ones what is left.
+    """
+
+    ranks: Ranks
+    size: int
+
+    @property
+    def block(self) -> int:
+        return -(-self.size // self.ranks.size)
+
+    @property
+    def first(self) -> int:
+        return self.first_of(self.ranks.rank)
+
+    @property
+    def num_rows(self) -> int:
+        return self.first_of(self.ranks.rank + 1) - self.first
+
+    def first_of(self, rank: int) -> int:
+        return min(rank * self.block, self.size)
+
+    def own(self, rows: Tensor) -> Tensor:
+        """This rank's part of something that there is of every row."""
+        return rows[self.first : self.first + self.num_rows]
+
+    @outside_graphs
+    def agree(
+        self, what: str, settings: Settings, counts: list[int], first_row: Tensor
+    ) -> list[list[int]]:
+        """Every rank's counts, once it is known that all have the same settings and `first_row`
+        says whose rows they hold.
+        """
+        asked = (self.ranks, what, settings, counts, first_row.device, first_row)
+        every, firsts = agree(*asked)
+        check_first_rows(self, firsts)
+        return every
+
+    @outside_graphs
+    def to_owners(
+        self, what: str, settings: Settings, first_row: Tensor, row: Tensor, *columns: Tensor
+    ) -> list[Tensor]:
+        """Sends each entry (N,) of `row`, and what belongs to it, to the rank that holds that row.
+
+        Returns:
+            What came for rows of this rank, in the order of ranks and then as sent: numbers within
+            the shard, and the columns.
+        """
+        owner = row // self.block
+        order = owner.argsort(stable=True)
+        send = torch.bincount(owner, minlength=self.ranks.size).tolist()
+        every = self.agree(what, settings, send, first_row)
+        receive = [counts[self.ranks.rank] for counts in every]
+        moved = [column[order] for column in (row, *columns)]
+        row, *moved = exchange(self.ranks, what, moved, send, receive).wait()
+        return [row - self.first, *moved]
+
+
+def shard_of(size: int, process_group: Any) -> Shard | None:
+    """This process's part of `size` rows; None: all of them."""
+    ranks = ranks_of(process_group)
+    return None if ranks is None else Shard(ranks, size)
+
+
+def check_first_rows(shard: Shard, found: list[int]) -> None:
+    """That no bank was copied from one rank to others."""
+    for rank, first in enumerate(found):
+        if first != shard.first_of(rank):
+            raise RuntimeError(
+                f"a sharded bank of {shard.size} rows holds rows from {first} on at rank {rank}, "
+                f"where rows from {shard.first_of(rank)} on belong: something copied the buffers "
+                "of one rank to another, as DistributedDataParallel does; call "
+                "codir_fast.distributed.ignore_shards_in_ddp(model) before it wraps the model"
+            )
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The queries of all ranks, sizes[r] of rank r, and the negatives that they share: `num_rows`
+    of them, this rank's from `first_row` on.
+    """
+
+    ranks: Ranks
+    sizes: tuple[int, ...]
+    first_row: int
+    num_rows: int
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes)
