@@ -81,6 +81,7 @@ setup(
         "codir_fast.benchmarks.peers",
         "codir_fast.compat",
         "codir_fast.distillation",
+        "codir_fast.distillation.report",
         "codir_fast.ops",
         "codir_fast.kernels",
     ],

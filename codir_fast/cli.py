@@ -15,6 +15,7 @@ COMMANDS = {
     "study": ("codir_fast.distillation.study", "many distillations side by side, from a file"),
     "pretrain": ("codir_fast.distillation.pretrain", "pre-train a student on plain texts"),
     "evaluate": ("codir_fast.distillation.evaluate", "accuracy and speed of a model, as JSON"),
+    "report": ("codir_fast.distillation.report.command", "one page about runs, with pictures"),
     "bench": ("codir_fast.benchmarks.run", "speed and memory of the kernels beside their peers"),
     "doctor": ("codir_fast.doctor", "versions, backends, and what to do about what is missing"),
 }
@@ -24,6 +25,7 @@ NEEDS = {
         ("transformers", "datasets", "accelerate", "safetensors"),
         "train",
     ),
+    "codir_fast.distillation.report": (("matplotlib",), "train"),
     "codir_fast.benchmarks": (("matplotlib", "tqdm"), "bench"),
 }
 

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 
 from codir_fast import _C, __version__
-from codir_fast.distillation.report import plot_accuracy, plot_terms
+from codir_fast.distillation.report.pictures import plot_accuracy, plot_terms
 
 RUNS = {"teacher": "teacher", "student": "student, CoDIR", "student_kd": "student, CE + KD"}
 SEED = 42

@@ -179,15 +179,28 @@ class _Parser(HfArgumentParser):
         raise UsageError(f"{self.prog.split()[-1]}: {message}")
 
 
-def parse(command: str, classes: tuple[Any, ...], arguments: list[str], **defaults: Any) -> tuple:
+def parse(
+    command: str,
+    classes: tuple[Any, ...],
+    arguments: list[str],
+    positional: tuple[str, str] | None = None,
+    **defaults: Any,
+) -> tuple:
     """The dataclasses of a command, filled from its flags; `defaults` replace the fields' own.
+
+    Args:
+        positional: name and help of arguments without a flag, at least one, which are a list of
+            that name in one more object at the end.
 
     Raises:
         UsageError: an unknown flag, or a value that a dataclass refuses.
     """
-    usage = f"codir-fast {command} [--flag value ...]"
+    words = f"{positional[0].upper()} ... " if positional else ""
+    usage = f"codir-fast {command} {words}[--flag value ...]"
     parser = _Parser(classes, prog=f"codir-fast {command}", usage=usage, allow_abbrev=False)
     parser.set_defaults(**defaults)
+    if positional:
+        parser.add_argument(positional[0], nargs="+", help=positional[1])
     try:
         *filled, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True

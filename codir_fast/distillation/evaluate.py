@@ -53,7 +53,12 @@ def run(arguments: list[str]) -> int:
     mse_to_teacher and pearson_to_teacher.
     """
     classes = (EvaluateArguments, args.TextArguments)
-    options, data = args.parse("evaluate", classes, arguments)
+    print(json.dumps(measure(*args.parse("evaluate", classes, arguments))))
+    return 0
+
+
+def measure(options: EvaluateArguments, data: args.TextArguments) -> dict[str, float]:
+    """What `evaluate` gives for these flags."""
     args.check_file("test_file", options.test_file)
     name = options.model_name_or_path
     tokenizer = load_tokenizer("model_name_or_path", name)
@@ -67,9 +72,7 @@ def run(arguments: list[str]) -> int:
     sides = [model] if teacher is None else [model, teacher]
     longest = longest_text(data, tokenizer, *sides)
     tokens = tokenize(examples, tokenizer, labels, data.max_seq_length, longest)
-    result = evaluate(model, tokens, tokenizer, options.batch_size, options.device, teacher)
-    print(json.dumps(result))
-    return 0
+    return evaluate(model, tokens, tokenizer, options.batch_size, options.device, teacher)
 
 
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, name: str) -> None:

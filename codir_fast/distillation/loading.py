@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import (
+    AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -48,6 +49,17 @@ def load_trained_classifier(flag: str, name: str) -> PreTrainedModel:
         check_task(flag, model.config)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    return model
+
+
+def load_encoder(flag: str, name: str) -> PreTrainedModel:
+    """The layers of a model of any task, all of whose weights come from the checkpoint; a pooler
+    may be new, which no hidden state depends on.
+    """
+    model, report = _load(flag, name, AutoModel, use_safetensors=True, output_loading_info=True)
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise UsageError(f"`{flag}` must be a trained encoder, {name} lacks {', '.join(missing)}")
     return model
 
 

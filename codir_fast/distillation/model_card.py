@@ -35,6 +35,7 @@ TRAINING = (
     "bf16",
     "fp16",
 )
+# Ends of the names of metrics that say how fast a run is, not what it has learnt.
 SPEED = ("runtime", "per_second", "preparation_time")
 CODE = """```python
 from transformers import {auto_class}, AutoTokenizer

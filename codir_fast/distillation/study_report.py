@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from codir_fast.distillation.report import COLOURS, plt, save
+from codir_fast.distillation.report.pictures import COLOURS, plt, save
 
 Line = dict[str, Any]
 # Name in a line -> title, factor for reading, and whether more is better.

@@ -1,0 +1,1 @@
+"""`codir-fast report`: one page about one or more runs."""

@@ -1,0 +1,165 @@
+"""`codir-fast report`: reads folders of runs, measures what it is given the means for, writes the
+page.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from codir_fast.distillation import arguments as args
+from codir_fast.distillation.checkpoint import replaced_files
+from codir_fast.distillation.data import read_file, select_columns
+from codir_fast.distillation.evaluate import EvaluateArguments, measure
+from codir_fast.distillation.report import sections
+from codir_fast.distillation.report.bank import bank_statistics, evenly
+from codir_fast.distillation.report.embeddings import Embeddings, embed, has_heads
+from codir_fast.distillation.report.page import page
+from codir_fast.distillation.report.runs import Run, parameters_in, read_json, read_runs
+from codir_fast.errors import UsageError
+
+
+@dataclass
+class ReportArguments:
+    """Where the page goes, and what it may measure with."""
+
+    output: str = field(default="report.html", metadata={"help": "The page, one file of HTML."})
+    test_file: str | None = field(
+        default=None,
+        metadata={"help": "Labelled texts to measure accuracy, latency and embeddings on."},
+    )
+    teacher: str | None = field(
+        default=None, metadata={"help": "The runs' teacher: a folder or a hub name."}
+    )
+    num_sentences: int = field(
+        default=300, metadata={"help": "Texts of test_file in the picture of the embeddings."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Texts that are run together."})
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to run."}
+    )
+
+    def __post_init__(self) -> None:
+        if Path(self.output).suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"`output` must end in .html, got {self.output}")
+        if self.num_sentences < 2:
+            raise ValueError(f"`num_sentences` must be at least 2, got {self.num_sentences}")
+        self.evaluation("", "")  # checks batch_size and device
+
+    def evaluation(self, model: str, test_file: str) -> EvaluateArguments:
+        return EvaluateArguments(model, test_file, self.teacher, self.batch_size, self.device)
+
+
+def run(arguments: list[str]) -> int:
+    """Writes one page about the runs."""
+    classes = (ReportArguments, args.TextArguments)
+    options, data, given = args.parse(
+        "report", classes, arguments, positional=("runs", "Folders of runs.")
+    )
+    args.check_file("test_file", options.test_file)
+    _check_output(Path(options.output))
+    runs = read_runs(given.runs)
+    banks = {f"{run.name}, {bank.name}": bank for run in runs for bank in bank_statistics(run.path)}
+    texts = None
+    if options.test_file is not None:
+        texts = select_columns(read_file("test_file", options.test_file), "test_file", data)
+    measured = _measure(runs, options, data) if texts is not None else {}
+    found, labels = _embed(runs, options, data, texts)
+    names = ", ".join(run.name for run in runs)
+    text = page(
+        f"Report: {names}",
+        {
+            "Results": sections.results_section(runs, measured),
+            "Settings": sections.settings_section(runs),
+            "Training": sections.curves_section(runs),
+            "Embeddings": sections.embeddings_section(found, labels, _wanted(runs, options)),
+            "Memory banks": sections.banks_section(banks, _label_names(runs)),
+        },
+    )
+    output = Path(options.output)
+    with replaced_files(output.parent) as files:
+        (files / output.name).write_text(text, encoding="utf-8")
+    args.say(f"saved {output}")
+    return 0
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir():
+        raise UsageError(f"`output` must be a file, {output} is a folder")
+    there = next(path for path in output.absolute().parents if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"`output` {output} can't be written: {there} is no folder to write in")
+
+
+def _measure(
+    runs: list[Run], options: ReportArguments, data: args.TextArguments
+) -> dict[str, dict[str, Any]]:
+    """What `codir-fast evaluate` gives of each classifier, the teacher first."""
+    folders = {run.name: str(run.path) for run in runs if _is_classifier(run)}
+    if options.teacher is not None and Path(options.teacher).is_dir():
+        is_there = any(Path(options.teacher).samefile(folder) for folder in folders.values())
+        name = "teacher" if "teacher" not in folders else options.teacher
+        folders = folders if is_there else {name: options.teacher} | folders
+    results = {}
+    for name, folder in folders.items():
+        args.say(f"evaluating {name}")
+        try:
+            result = measure(options.evaluation(folder, str(options.test_file)), data)
+        except UsageError as error:
+            raise UsageError(f"report: {name}: {error}") from error
+        results[name] = {"parameters": parameters_in(Path(folder)), **result}
+    return results
+
+
+def _is_classifier(run: Run) -> bool:
+    if run.parameters is None:
+        return False
+    kinds = read_json(run.path / "config.json").get("architectures") or []
+    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+
+
+def _embed(
+    runs: list[Run], options: ReportArguments, data: args.TextArguments, texts: Dataset | None
+) -> tuple[dict[str, Embeddings], list[Any]]:
+    """Embeddings of each run with heads, and the texts' labels."""
+    if texts is None or options.teacher is None:
+        return {}, []
+    chosen = texts.select(evenly(len(texts), options.num_sentences).tolist())
+    found = {}
+    for run in filter(has_heads, runs):
+        args.say(f"embedding {len(chosen)} texts, {run.name}")
+        found[run.name] = embed(
+            run,
+            options.teacher,
+            chosen,
+            max_length=data.max_seq_length,
+            batch_size=options.batch_size,
+            device=options.device,
+        )
+    return found, list(chosen["label"])
+
+
+def _wanted(runs: list[Run], options: ReportArguments) -> str:
+    """What the picture of the embeddings lacks."""
+    heads = [run for run in runs if has_heads(run)]
+    if not heads:
+        return "No run has projection heads: give one of distill or pretrain with codir_weight > 0."
+    flags = [f"--{name}" for name in ("test_file", "teacher") if not getattr(options, name)]
+    teachers = {str((run.settings or {}).get("model", {}).get("teacher")) for run in heads}
+    told = f" The teacher was {', '.join(sorted(teachers))}." if "--teacher" in flags else ""
+    return f"The picture of student's and teacher's embeddings needs {' and '.join(flags)}.{told}"
+
+
+def _label_names(runs: list[Run]) -> dict[int, str]:
+    """Names of the labels, where all runs that know some agree."""
+    known = []
+    for run in runs:
+        file = run.path / "config.json"
+        names = read_json(file).get("id2label") if file.is_file() else None
+        if isinstance(names, dict):
+            known.append({int(number): str(name) for number, name in names.items()})
+    agree = known and all(names == known[0] for names in known)
+    return known[0] if agree else {}
