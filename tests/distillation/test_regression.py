@@ -224,9 +224,9 @@ def test_terms_by_their_formulas(layers):
     outputs = model.student(**batch, output_hidden_states=True)
     features = model._pool(outputs, batch["attention_mask"], model.student_layers)
     targets = model.teacher_outputs(**batch)[1]
-    expected = model.contrast(features, targets, classes, index)
+    expected = model.contrast(features, targets, labels=classes, index=index)
     torch.testing.assert_close(terms["codir"], expected)
-    others = model.contrast(features, targets, torch.zeros_like(classes), index)
+    others = model.contrast(features, targets, labels=torch.zeros_like(classes), index=index)
     assert not torch.allclose(terms["codir"], others)
     model.eval()
     evaluated = model(**batch, labels=scores)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tiny import LABELS, make_tokenizer, tiny_config
 from transformers import (
     AutoModelForSequenceClassification,
-    BertForMaskedLM,
     BertForSequenceClassification,
     DataCollatorWithPadding,
 )
@@ -370,13 +369,12 @@ def test_embeddings_are_those_that_the_run_trained_with(name, runs, folder):
     test_file = str(folder / "validation.csv")
     texts = select_columns(read_file("test_file", test_file), "test_file", TextArguments())
     (run,) = read_runs([str(runs / name)])
-    options = {"max_length": 16, "device": "cpu"}
-    found = embed(run, str(runs / "teacher"), texts, batch_size=7, **options)
+    found = embed(run, str(runs / "teacher"), texts, TextArguments(max_seq_length=16), 7, "cpu")
 
     sides = (
         AutoModelForSequenceClassification.from_pretrained(runs / n) for n in (name, "teacher")
     )
-    labels = torch.zeros(48, dtype=torch.int64)
+    labels = torch.arange(48) % 2
     config = DistillationConfig.load(runs / name)
     model = DistillationModel(*sides, config, labels).eval()
     model.load_distillation_state(load_file(runs / name / STATE_FILE))
@@ -408,7 +406,7 @@ def test_ten_layers_keep_their_order(runs, folder, tmp_path):
         deep.save_pretrained(path)
         make_tokenizer().save_pretrained(path)
     config = DistillationConfig(contrast_layers="each", projection_dim=3, head_init="equal")
-    model = DistillationModel(deep, deep, config, torch.zeros(4, dtype=torch.int64))
+    model = DistillationModel(deep, deep, config, torch.arange(4) % 2)
     save_file({k: v.clone() for k, v in model.distillation_state().items()}, run / STATE_FILE)
     config.save(run)
     (run / "trainer_state.json").write_text('{"log_history": []}')
@@ -419,8 +417,7 @@ def test_ten_layers_keep_their_order(runs, folder, tmp_path):
         read_file("test_file", str(folder / "validation.csv")), "test_file", TextArguments()
     )
     (read,) = read_runs([str(run)])
-    options = {"max_length": 16, "batch_size": 32, "device": "cpu"}
-    found = embed(read, str(tmp_path / "teacher"), texts, **options)
+    found = embed(read, str(tmp_path / "teacher"), texts, TextArguments(), 32, "cpu")
     differ = (found.student - found.teacher).abs().amax(0).reshape(12, 3).amax(1) > 1e-4
     assert differ.tolist() == [False] * 11 + [True]
 
@@ -460,18 +457,28 @@ def test_rows_are_chosen_evenly():
     assert evenly(3, 10).tolist() == [0, 1, 2] and evenly(0, 10).tolist() == []
 
 
-def test_models_that_classify_nothing_are_left_out(runs, folder, tmp_path):
-    """As the run of another stage, whose model has no accuracy but layers to compare."""
-    run = tmp_path / "mlm"
-    shutil.copytree(runs / "joint", run)
-    torch.manual_seed(0)
-    BertForMaskedLM(tiny_config(num_hidden_layers=2)).save_pretrained(run)
-    means = ["--test_file", folder / "validation.csv", "--teacher", runs / "teacher"]
-    assert report(tmp_path / "report.html", run, *means) == 0
-    page = Page(tmp_path / "report.html")
-    assert "teacher" in {row[0] for row in page.rows} and len(page.pictures) == 5
-    (measured,) = [n for n, row in enumerate(page.rows) if row[0] == "model"][:1]
-    assert page.rows[measured + 1][0] == "teacher" and page.rows[measured + 2][0] != "mlm"
+def test_run_of_the_pre_training_stage(corpus, folder, tmp_path):
+    """Its terms, its queue and its embeddings; it classifies nothing."""
+    for name in ("mlm", "student"):
+        models = {
+            "mlm": ["--student", str(corpus / "encoder")],
+            "student": ["--teacher", str(tmp_path / "mlm"), "--student_layers", "2"]
+            + ["--queue_size", "16", "--projection_dim", "8"],
+        }[name]
+        data = ["--train_file", str(corpus / "texts.txt"), "--output_dir", str(tmp_path / name)]
+        assert main(["pretrain", *models, *data, *FAST]) == 0
+    means = ["--test_file", folder / "validation.csv", "--teacher", tmp_path / "mlm"]
+    output = tmp_path / "report.html"
+    assert report(output, tmp_path / "mlm", tmp_path / "student", *means) == 0
+    page = Page(output)
+    (run,) = read_runs([str(tmp_path / "student")])
+    assert set(run.terms) == {"loss", "mlm", "kd", "codir"}
+    assert page.row("student, queue")[0] == "16 of 16"
+    assert page.row("distillation: codir_weight") == ["0.0", "0.1"]
+    same, other, *_, texts = next(row for row in reversed(page.rows) if row[0] == "student")[1:]
+    assert texts == "20" and -1 <= float(same) <= 1 and -1 <= float(other) <= 1
+    assert "size and latency needs runs of classifiers." in page.text
+    assert len(page.pictures) == 3  # losses, embeddings, cosines
 
 
 ERRORS = {

@@ -47,10 +47,11 @@ class ReportArguments:
             raise ValueError(f"`output` must end in .html, got {self.output}")
         if self.num_sentences < 2:
             raise ValueError(f"`num_sentences` must be at least 2, got {self.num_sentences}")
-        self.evaluation("", "")  # checks batch_size and device
+        self.evaluation("", None)  # checks batch_size and device
 
-    def evaluation(self, model: str, test_file: str) -> EvaluateArguments:
-        return EvaluateArguments(model, test_file, self.teacher, self.batch_size, self.device)
+    def evaluation(self, model: str, teacher: str | None) -> EvaluateArguments:
+        test_file = str(self.test_file)
+        return EvaluateArguments(model, test_file, teacher, self.batch_size, self.device)
 
 
 def run(arguments: list[str]) -> int:
@@ -72,7 +73,9 @@ def run(arguments: list[str]) -> int:
     text = page(
         f"Report: {names}",
         {
-            "Results": sections.results_section(runs, measured),
+            "Results": sections.results_section(
+                runs, measured, "--test_file" if texts is None else "runs of classifiers"
+            ),
             "Settings": sections.settings_section(runs),
             "Training": sections.curves_section(runs),
             "Embeddings": sections.embeddings_section(found, labels, _wanted(runs, options)),
@@ -98,27 +101,33 @@ def _measure(
     runs: list[Run], options: ReportArguments, data: args.TextArguments
 ) -> dict[str, dict[str, Any]]:
     """What `codir-fast evaluate` gives of each classifier, the teacher first."""
-    folders = {run.name: str(run.path) for run in runs if _is_classifier(run)}
-    if options.teacher is not None and Path(options.teacher).is_dir():
-        is_there = any(Path(options.teacher).samefile(folder) for folder in folders.values())
-        name = "teacher" if "teacher" not in folders else options.teacher
-        folders = folders if is_there else {name: options.teacher} | folders
+    folders = {run.name: run.path for run in runs if _is_classifier(run.path)}
+    if not folders:
+        return {}
+    teacher = options.teacher
+    if teacher is not None and Path(teacher).is_dir():
+        if not _is_classifier(Path(teacher)):
+            teacher = None
+        elif not any(Path(teacher).samefile(folder) for folder in folders.values()):
+            name = "teacher" if "teacher" not in folders else teacher
+            folders = {name: Path(teacher)} | folders
     results = {}
     for name, folder in folders.items():
         args.say(f"evaluating {name}")
         try:
-            result = measure(options.evaluation(folder, str(options.test_file)), data)
+            result = measure(options.evaluation(str(folder), teacher), data)
         except UsageError as error:
             raise UsageError(f"report: {name}: {error}") from error
-        results[name] = {"parameters": parameters_in(Path(folder)), **result}
+        results[name] = {"parameters": parameters_in(folder), **result}
     return results
 
 
-def _is_classifier(run: Run) -> bool:
-    if run.parameters is None:
-        return False
-    kinds = read_json(run.path / "config.json").get("architectures") or []
-    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+def _is_classifier(folder: Path) -> bool:
+    """Whether it holds a model that `codir-fast evaluate` takes."""
+    file = folder / "config.json"
+    kinds = read_json(file).get("architectures") or [] if file.is_file() else []
+    is_kind = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+    return is_kind and parameters_in(folder) is not None
 
 
 def _embed(
@@ -132,12 +141,7 @@ def _embed(
     for run in filter(has_heads, runs):
         args.say(f"embedding {len(chosen)} texts, {run.name}")
         found[run.name] = embed(
-            run,
-            options.teacher,
-            chosen,
-            max_length=data.max_seq_length,
-            batch_size=options.batch_size,
-            device=options.device,
+            run, options.teacher, chosen, data, options.batch_size, options.device
         )
     return found, list(chosen["label"])
 

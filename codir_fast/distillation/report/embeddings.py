@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from codir_fast.distillation.config import FILE_NAME
+from codir_fast.distillation.arguments import TextArguments
+from codir_fast.distillation.config import DistillationConfig, PretrainingConfig
 from codir_fast.distillation.layer_mapping import layer_pairs
+from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import load_encoder, load_tokenizer
 from codir_fast.distillation.report.bank import load_state
 from codir_fast.distillation.report.runs import Run, read_json
@@ -20,6 +22,7 @@ from codir_fast.distillation.trainer import STATE_FILE
 from codir_fast.errors import UsageError
 from codir_fast.pooling import pool_hidden_states
 
+CONFIGURATIONS = DistillationConfig.FILE_NAME, PretrainingConfig.FILE_NAME
 HEAD = "student_projection.linear.weight"
 
 
@@ -56,7 +59,7 @@ def has_heads(run: Run) -> bool:
 
 @torch.inference_mode()
 def embed(
-    run: Run, teacher: str, texts: Dataset, *, max_length: int, batch_size: int, device: str
+    run: Run, teacher: str, texts: Dataset, data: TextArguments, batch_size: int, device: str
 ) -> Embeddings:
     """z of both sides: pooled hidden states of the mapped layers, standardised where the run does
     so, through their head, of unit length. With a contrastive term for each layer, its embeddings
@@ -66,6 +69,7 @@ def embed(
         run: has a student and heads.
         teacher: folder or hub name of the teacher's model.
         texts: with the column text and, for pairs, pair.
+        data: how the texts are read.
 
     Raises:
         UsageError: the teacher is not the run's, or a file is damaged.
@@ -73,11 +77,11 @@ def embed(
     student_encoder = load_encoder("runs", str(run.path)).eval().to(device)
     teacher_encoder = load_encoder("teacher", teacher).eval().to(device)
     tokenizer = load_tokenizer("runs", str(run.path))
-    settings, state = read_json(run.path / FILE_NAME), load_state(run.path)
+    settings, state = _layer_settings(run), load_state(run.path)
     mapping, mode = str(settings.get("layer_mapping")), str(settings.get("pooling"))
     encoders = student_encoder, teacher_encoder
-    longest = min(getattr(e.config, "max_position_embeddings", max_length) for e in encoders)
-    batches = _batches(texts, tokenizer, min(max_length, longest), batch_size)
+    longest = min(data.max_seq_length, longest_text(data, tokenizer, *encoders))
+    batches = _batches(texts, tokenizer, longest, batch_size)
     try:
         depths = [encoder.config.num_hidden_layers for encoder in encoders]
         layers = list(zip(*layer_pairs(mapping, depths[0], depths[1]), strict=True))
@@ -97,10 +101,14 @@ def embed(
     return Embeddings.of(student, teacher_rows)
 
 
+def _layer_settings(run: Run) -> dict[str, Any]:
+    files = [run.path / name for name in CONFIGURATIONS]
+    return read_json(next((file for file in files if file.is_file()), files[0]))
+
+
 def _batches(
-    texts: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int
+    texts: Dataset, tokenizer: PreTrainedTokenizerBase, longest: int, batch_size: int
 ) -> list[dict[str, Tensor]]:
-    longest = min(max_length, tokenizer.model_max_length)
     pairs = texts["pair"] if "pair" in texts.column_names else [None] * len(texts)
     rows: Any = [
         tokenizer(text, pair, truncation=True, max_length=longest)

@@ -24,8 +24,14 @@ TITLES = {
 }
 
 
-def results_section(runs: Sequence[Run], measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Last evaluation of each run and size, and what was measured now on the test file."""
+def results_section(
+    runs: Sequence[Run], measured: Mapping[str, Mapping[str, Any]], needs: str
+) -> list[str]:
+    """Last evaluation of each run and size, and what was measured now on the test file.
+
+    Args:
+        needs: what is lacking, where nothing was measured.
+    """
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     steps = {run.name: max((row["step"] for row in run.history), default=0) for run in runs}
     rows = {
@@ -39,7 +45,7 @@ def results_section(runs: Sequence[Run], measured: Mapping[str, Mapping[str, Any
     head = ["run", "parameters (M)", "steps", *(f"validation {name}" for name in names)]
     parts = [table(head, rows)]
     if not measured:
-        return [*parts, missing("Accuracy against size and latency needs --test_file.")]
+        return [*parts, missing(f"Accuracy against size and latency needs {needs}.")]
     columns = list(dict.fromkeys(name for result in measured.values() for name in result))
     columns.remove("parameters")
     rows = {
