@@ -13,7 +13,8 @@ from codir_fast.cli import main
 from codir_fast.distillation.config import PRESETS, DistillationConfig
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-TINY = {"--max_steps": "6", "--per_device_train_batch_size": "8"}
+TINY = ["--use_cpu", "--max_steps", "6", "--per_device_train_batch_size", "8"]
+TINY += ["--max_seq_length", "16"]
 
 
 def blocks(page, language):
@@ -27,9 +28,7 @@ def run_all(page):
     for command in [line for block in blocks(page, "sh") for line in block.splitlines()]:
         program, name, *arguments = shlex.split(command)
         assert program == "codir-fast"
-        extra = (
-            [] if name == "evaluate" else ["--use_cpu", *(p for pair in TINY.items() for p in pair)]
-        )
+        extra = [] if name == "evaluate" else TINY
         assert main([name, *arguments, *extra]) == 0, command
         ran.append(name)
     return ran

@@ -388,7 +388,7 @@ def test_embeddings_are_those_that_the_run_trained_with(name, runs, folder):
             ("student", "teacher"), (model.student, model.teacher), mapped, strict=True
         ):
             states = encoder(**batch, output_hidden_states=True)
-            features = model._pool(states.hidden_states, batch["attention_mask"], mine)
+            features = model._pool(states, batch["attention_mask"], mine)
             parts = [
                 getattr(layer, f"{side}_projection")(getattr(layer, f"{side}_features")(part))
                 for layer, part in zip(layers, features.chunk(len(layers), dim=1), strict=True)
@@ -473,7 +473,7 @@ def test_run_of_the_pre_training_stage(corpus, folder, tmp_path):
     page = Page(output)
     (run,) = read_runs([str(tmp_path / "student")])
     assert set(run.terms) == {"loss", "mlm", "kd", "codir"}
-    assert page.row("student, queue")[0] == "16 of 16"
+    assert page.row("student, bank")[0] == "16 of 16"
     assert page.row("distillation: codir_weight") == ["0.0", "0.1"]
     same, other, *_, texts = next(row for row in reversed(page.rows) if row[0] == "student")[1:]
     assert texts == "20" and -1 <= float(same) <= 1 and -1 <= float(other) <= 1
