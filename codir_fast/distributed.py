@@ -21,7 +21,8 @@ Without a process group nothing here is at work: a bank is this process's own, f
 batches, though others run beside it; DistributedDataParallel then copies rank 0's over them in each
 forward pass if the bank is part of the model that it wraps. That is rarely meant.
 
-docs/scaling.md has what it costs.
+With B queries on all ranks, a loss sends about (R-1)/R * B * (2D + D + 2) numbers from each rank,
+whatever K is: queries and positives to all, partial sums back.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
