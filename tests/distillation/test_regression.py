@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -18,6 +19,8 @@ from codir_fast.distillation.data import read_file
 from codir_fast.distillation.metrics import RegressionScores, output_scores, pearson
 from codir_fast.distillation.objectives import middle_ranks, quantile_bins
 from codir_fast.distillation.student import student_from_teacher
+from codir_fast.distillation.study import classify
+from codir_fast.errors import UsageError
 
 FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
 SCORES = {"mse", "pearson", "spearman"}
@@ -122,6 +125,21 @@ def test_distill_and_evaluate(scored, tmp_path, capsys):
     assert result["pearson_to_teacher"] == pytest.approx(correlation, abs=1e-4)
 
 
+def test_teacher_and_student_learn_to_count(folder, tmp_path):
+    write_scores(tmp_path / "train.csv", 150, seed=5)
+    write_scores(tmp_path / "validation.csv", 60, seed=6)
+    flags = [*data(tmp_path), *FAST, "--num_train_epochs", "10", "--eval_strategy", "no"]
+    flags += ["--save_strategy", "no", "--learning_rate", "5e-3"]
+    teacher = tmp_path / "teacher"
+    command = ["finetune", "--model_name_or_path", str(folder / "teacher"), *flags]
+    assert main([*command, *output(teacher)]) == 0
+    command = ["distill", "--teacher", str(teacher), "--student_layers", "2", *flags]
+    assert main([*command, *output(tmp_path / "student")]) == 0
+    for name in ("teacher", "student"):
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())
+        assert metrics["eval_pearson"] > 0.8 and metrics["eval_spearman"] > 0.8
+
+
 def test_integer_labels_with_problem_type(folder, tmp_path):
     write_scores(tmp_path / "train.csv", 32, seed=3, kind=int)
     files = ["--train_file", str(tmp_path / "train.csv"), "--validation_split", "0.25"]
@@ -137,6 +155,10 @@ def test_integer_labels_with_problem_type(folder, tmp_path):
     config = json.loads((tmp_path / "classes" / "config.json").read_text())
     assert config["problem_type"] == "single_label_classification"
     assert "eval_accuracy" in json.loads((tmp_path / "classes" / "metrics.json").read_text())
+    command = ["finetune", "--model_name_or_path", str(tmp_path / "classes"), *files, *FAST]
+    assert main([*command, "--problem_type", "regression", *output(tmp_path / "numbers")]) == 0
+    config = json.loads((tmp_path / "numbers" / "config.json").read_text())
+    assert config["problem_type"] == "regression" and config["id2label"] == {"0": "LABEL_0"}
 
 
 def test_best_model_has_the_least_error(folder, scored, tmp_path):
@@ -191,6 +213,12 @@ def test_resumed_run_is_bit_equal(scored, tmp_path):
     for name in ("model.safetensors", "distillation_state.safetensors"):
         one, other = (load_file(tmp_path / run / name) for run in ("unbroken", "resumed"))
         assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_study_is_of_classifiers(scored):
+    study = SimpleNamespace(settings={}, validation_file=str(scored / "validation.csv"))
+    with pytest.raises(UsageError, match="a study is of classifiers"):
+        classify(str(scored / "teacher"), study, "validation")
 
 
 def scorer(**changes):

@@ -63,9 +63,10 @@ def tasks(folder, tmp_path_factory):
         command = ["finetune", "--model_name_or_path", str(folder / "teacher")]
         output = ["--output_dir", str(root / task / "teacher"), "--num_train_epochs", "1"]
         assert main([*command, *_data(root, task), *output, *FAST]) == 0
-    shape = {"hidden_size": 8, "num_hidden_layers": 2, "id2label": {0: "a", 1: "b", 2: "c", 3: "d"}}
+    names = {"id2label": dict(enumerate("abcd")), "problem_type": "multi_label_classification"}
     torch.manual_seed(0)
-    BertForSequenceClassification(tiny_config(**shape)).save_pretrained(root / "narrow")
+    narrow = tiny_config(hidden_size=8, num_hidden_layers=2, **names)
+    BertForSequenceClassification(narrow).save_pretrained(root / "narrow")
     make_tokenizer().save_pretrained(root / "narrow")
     return root
 
@@ -148,7 +149,7 @@ def test_layer_mappings(mapping, layers, task, tasks, tmp_path):
 )
 @pytest.mark.parametrize("task", ["two classes", "three numbers", "regression"])
 def test_student_of_another_width(task, flags, tasks, tmp_path):
-    """It comes with four classes of its own, which give way to the teacher's."""
+    """It comes with a task and four classes of its own, which give way to the teacher's."""
     student = ("--student", str(tasks / "narrow"))
     steps = _distill(tasks, task, tmp_path / "out", *flags, student=student)
     assert all(row["codir"] > 0 for row in steps[3:])
