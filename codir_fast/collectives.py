@@ -119,28 +119,33 @@ def agree(
     ranks: Ranks,
     what: str,
     settings: Settings,
-    counts: Sequence[int],
+    counts: tuple[int, int],
     device: torch.device,
     mark: Tensor | None = None,
-) -> tuple[list[list[int]], list[int]]:
-    """Every rank's counts (at most one more than there are ranks) and mark, a number on the device;
-    one small collective, which tells too whether all ranks mean the same.
+) -> list[tuple[int, int, int]]:
+    """Every rank's two counts and its mark, a number on the device; one small collective, which
+    tells too whether all ranks mean the same.
 
     Raises:
         ValueError: ranks differ in a setting; on each of them, naming it.
     """
-    width = ranks.size + 1
-    numbers = [_digest((what, settings)), 0, *counts, *[0] * (width - len(counts))]
-    header = torch.tensor(numbers, dtype=torch.int64).to(device)
+    digest = _digest((what, settings))
+    header = torch.tensor([[digest, *counts, 0]], dtype=torch.int64).to(device)
     if mark is not None:
-        header[1] = mark
-    out = header.new_empty(ranks.size * (width + 2))
-    pending = Pending(ranks, what, _launch(ranks, what, _all_gather(), out, header), out.tolist)
-    flat = pending.wait()
-    rows = [flat[n : n + width + 2] for n in range(0, len(flat), width + 2)]
-    if any(row[0] != numbers[0] for row in rows):
+        header[0, 3] = mark
+    out = header.new_empty(ranks.size, 4)
+    work = _launch(ranks, what, _all_gather(), out, header)
+    rows = Pending(ranks, what, work, out.tolist).wait()
+    if any(row[0] != digest for row in rows):
         raise ValueError(_difference(ranks, what, settings, device))
-    return [row[2 : 2 + len(counts)] for row in rows], [row[1] for row in rows]
+    return [tuple(row[1:]) for row in rows]
+
+
+def exchange_counts(ranks: Ranks, what: str, send: Tensor) -> list[int]:
+    """How many rows each rank will send here, (R,), as it says there how many to each."""
+    out = torch.empty_like(send)
+    work = _launch(ranks, what, dist.all_to_all_single, out, send)
+    return Pending(ranks, what, work, out.tolist).wait()
 
 
 def gather_blocks(ranks: Ranks, what: str, block: Tensor, dst: int) -> list[Tensor] | None:

@@ -35,8 +35,8 @@ def agree_on_batch(
         shard, mark = _shard(ranks, negative_keys), negative_keys.first_row
     elif isinstance(negative_keys, Tensor):
         num_rows = negative_keys.shape[0] if negative_keys.ndim == 2 else 0
-    counts, firsts = agree(ranks, what, settings, [query.shape[0], num_rows], query.device, mark)
-    sizes, rows = zip(*counts, strict=True)
+    every = agree(ranks, what, settings, (query.shape[0], num_rows), query.device, mark)
+    sizes, rows, firsts = zip(*every, strict=True)
     if shard is None:
         return GlobalBatch(ranks, sizes, sum(rows[: ranks.rank]), sum(rows))
     check_first_rows(shard, firsts)

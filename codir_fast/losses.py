@@ -159,6 +159,7 @@ class ContrastiveLoss(nn.Module):
             f"temperature={t:.4g}, objective={self.objective!r}, normalize={self.normalize}, "
             f"reduction={self.reduction!r}, learnable_temperature={self.learnable_temperature}, "
             f"symmetric={self.symmetric}, backend={self.backend!r}"
+            + ("" if self._ranks is None else f", {self._ranks.size} ranks")
         )
 
 

@@ -109,7 +109,8 @@ class MemoryQueue(BankRows):
         N = total = keys.shape[0]
         before = 0  # keys of lower ranks
         if self.shard is not None:
-            told = self._agree_on_keys(keys)
+            settings = (*self._settings(), ("keys", str(keys.dtype)))
+            told = self.shard.agree("MemoryQueue.enqueue", settings, N, self.first_row)
             total, before = sum(told), sum(told[: self.shard.ranks.rank])
         skipped = min(max(total - self.size - before, 0), N)
         offset = torch.arange(before + skipped, before + N, device=keys.device)
@@ -123,20 +124,12 @@ class MemoryQueue(BankRows):
             self.row_labels[index] = labels
         self.position.copy_((self.position + total) % self.size)
 
-    def _agree_on_keys(self, keys: Tensor) -> list[int]:
-        """How many keys each rank has."""
-        assert self.shard is not None
-        settings = (*self._settings(), ("keys", str(keys.dtype)))
-        every = self.shard.agree("MemoryQueue.enqueue", settings, [len(keys)], self.first_row)
-        return [count for (count,) in every]
-
     def _to_owners(
         self, index: Tensor, keys: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         assert self.shard is not None
         columns = [index, keys] if labels is None else [index, keys, labels]
-        what = "MemoryQueue.enqueue, its keys on their way"
-        index, keys, *of_labels = self.shard.to_owners(what, (), self.first_row, *columns)
+        index, keys, *of_labels = self.shard.to_owners("MemoryQueue.enqueue", *columns)
         return index, keys, of_labels[0] if of_labels else None
 
     def _find_if_full(self) -> None:
@@ -239,13 +232,10 @@ class IndexedBank(BankRows):
             return
         index = index.to(torch.int64)
         if self.shard is not None:
-            settings = (
-                *self._settings(),
-                ("momentum", self.momentum),
-                ("keys", str(keys.dtype)),
-            )
-            entries = (self.first_row, index, keys)
-            index, keys = self.shard.to_owners("IndexedBank.update", settings, *entries)
+            own = (("momentum", self.momentum), ("keys", str(keys.dtype)))
+            what = "IndexedBank.update"
+            self.shard.agree(what, (*self._settings(), *own), keys.shape[0], self.first_row)
+            index, keys = self.shard.to_owners(what, index, keys)
         self._write(index, keys, self.momentum)
 
     def extra_repr(self) -> str:

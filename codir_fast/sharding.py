@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codir_fast.collectives import Ranks, Settings, agree, exchange, outside_graphs, ranks_of
+from codir_fast.collectives import (
+    Ranks,
+    Settings,
+    agree,
+    exchange,
+    exchange_counts,
+    outside_graphs,
+    ranks_of,
+)
 
 
 @dataclass(frozen=True)
@@ -41,21 +49,17 @@ class Shard:
         return rows[self.first : self.first + self.num_rows]
 
     @outside_graphs
-    def agree(
-        self, what: str, settings: Settings, counts: list[int], first_row: Tensor
-    ) -> list[list[int]]:
-        """Every rank's counts, once it is known that all have the same settings and `first_row`
-        says whose rows they hold.
+    def agree(self, what: str, settings: Settings, count: int, first_row: Tensor) -> list[int]:
+        """Every rank's count, once it is known that all have the same settings, and `first_row`
+        that they hold their own rows.
         """
-        asked = (self.ranks, what, settings, counts, first_row.device, first_row)
-        every, firsts = agree(*asked)
-        check_first_rows(self, firsts)
-        return every
+        asked = (self.ranks, what, settings, (count, 0), first_row.device, first_row)
+        every = agree(*asked)
+        check_first_rows(self, [first for *_, first in every])
+        return [each for each, *_ in every]
 
     @outside_graphs
-    def to_owners(
-        self, what: str, settings: Settings, first_row: Tensor, row: Tensor, *columns: Tensor
-    ) -> list[Tensor]:
+    def to_owners(self, what: str, row: Tensor, *columns: Tensor) -> list[Tensor]:
         """Sends each entry (N,) of `row`, and what belongs to it, to the rank that holds that row.
 
         Returns:
@@ -64,11 +68,10 @@ class Shard:
         """
         owner = row // self.block
         order = owner.argsort(stable=True)
-        send = torch.bincount(owner, minlength=self.ranks.size).tolist()
-        every = self.agree(what, settings, send, first_row)
-        receive = [counts[self.ranks.rank] for counts in every]
+        send = torch.bincount(owner, minlength=self.ranks.size)
+        receive = exchange_counts(self.ranks, what, send)
         moved = [column[order] for column in (row, *columns)]
-        row, *moved = exchange(self.ranks, what, moved, send, receive).wait()
+        row, *moved = exchange(self.ranks, what, moved, send.tolist(), receive).wait()
         return [row - self.first, *moved]
 
 
