@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from codir_fast.benchmarks import measure
 
 import codir_fast
-from codir_fast.benchmarks import measure
 from codir_fast.distributed import partial_sums
 
 _NETWORK = Path("/proc/net/dev")

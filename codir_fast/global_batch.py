@@ -39,7 +39,7 @@ def agree_on_batch(
     sizes, rows, firsts = zip(*every, strict=True)
     if shard is None:
         return GlobalBatch(ranks, sizes, sum(rows[: ranks.rank]), sum(rows))
-    check_first_rows(shard, firsts)
+    check_first_rows(shard, list(firsts))
     return GlobalBatch(ranks, sizes, shard.first, shard.size)
 
 

@@ -230,7 +230,7 @@ def training_defaults(arguments: list[str]) -> dict[str, Any]:
     given = given_flags(arguments)
     validates = "validation_file" in given or "validation_split" in given
     # Trainer takes every metric whose name does not end in loss for one that should be large.
-    is_error = given.get("metric_for_best_model", "").endswith("mse")
+    is_error = given.get("metric_for_best_model", "").endswith(("mse", "perplexity"))
     return {
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,

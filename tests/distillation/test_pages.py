@@ -1,8 +1,9 @@
-"""docs/: every command of the pages about the two stages runs, in its order, on tiny data."""
+"""docs/: every command of the pages about training runs, in its order, on tiny data."""
 
 import re
 import shlex
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,9 @@ def run_all(page):
     for command in [line for block in blocks(page, "sh") for line in block.splitlines()]:
         program, name, *arguments = shlex.split(command)
         assert program == "codir-fast"
-        extra = [] if name == "evaluate" else TINY
+        extra = [] if name in ("evaluate", "report") else TINY
+        if "tensorboard" in arguments and find_spec("tensorboard") is None:
+            arguments[arguments.index("tensorboard")] = "none"
         assert main([name, *arguments, *extra]) == 0, command
         ran.append(name)
     return ran
@@ -85,3 +88,15 @@ def test_the_page_names_every_preset_and_choices_that_exist():
     assert set(re.findall(r"--preset (\w+)", text)) == set(PRESETS)
     for flag, value in re.findall(r"--(contrast_layers|negatives) (\w+)", text):
         assert value in DistillationConfig.CHOICES[flag]
+
+
+def test_options_and_reports(folder, labelled):
+    shutil.copytree(folder / "teacher", "teacher")
+    assert run_all("training-options.md") == ["distill"] * 5
+    for output in ("seen", "best", "pieces", "small", "same"):
+        assert (labelled / output / "model.safetensors").is_file()
+    (labelled / "seen").rename("student")
+    (labelled / "best").rename("student-kd")
+    assert run_all("report.md") == ["report"]
+    page = (labelled / "report.html").read_text(encoding="utf-8")
+    assert "student-kd" in page and "data:image/png;base64," in page

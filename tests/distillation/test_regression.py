@@ -217,7 +217,7 @@ def test_resumed_run_is_bit_equal(scored, tmp_path):
 
 def test_study_is_of_classifiers(scored):
     study = SimpleNamespace(settings={}, validation_file=str(scored / "validation.csv"))
-    with pytest.raises(UsageError, match="a study is of classifiers"):
+    with pytest.raises(UsageError, match="must be a classifier"):
         classify(str(scored / "teacher"), study, "validation")
 
 

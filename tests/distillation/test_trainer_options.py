@@ -169,6 +169,17 @@ def test_best_model_by_accuracy_is_the_one_saved(folder, tmp_path):
     assert metrics["eval_accuracy"] == seen[best]
 
 
+def test_best_perplexity_is_the_lowest(corpus, tmp_path):
+    flags = ["--student", str(corpus / "mlm"), "--train_file", str(corpus / "texts.txt")]
+    flags += ["--validation_split", "0.2", "--output_dir", str(tmp_path), *FAST]
+    flags += ["--num_train_epochs", "4", "--learning_rate", "0.01"]
+    best = ["--load_best_model_at_end", "True", "--metric_for_best_model", "perplexity"]
+    assert main(["pretrain", *flags, *best]) == 0
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    seen = [row["eval_perplexity"] for row in state["log_history"] if "eval_perplexity" in row]
+    assert state["best_metric"] == min(seen) < max(seen)
+
+
 def test_bf16_runs_the_models_in_it_and_keeps_weights_and_bank(folder, tmp_path):
     trainer = make_trainer(folder, tmp_path, bf16=True)
     seen = set()
