@@ -90,6 +90,14 @@ class BankRows(nn.Module):
         """Number of filled rows, of this rank if the bank is sharded (reads the device)."""
         return int(self.valid.sum())
 
+    def is_empty(self) -> bool:
+        """Whether no row is filled; of a sharded bank, on any rank: a step of all ranks then."""
+        count = len(self)
+        if self.shard is not None:
+            what = f"{type(self).__name__}.is_empty"
+            count = sum(self.shard.agree(what, self._settings(), count, self.first_row))
+        return count == 0
+
     def _settings(self) -> Settings:
         """What all ranks must have alike."""
         return (
@@ -210,6 +218,7 @@ class BankRows(nn.Module):
 
 
 ROW_BUFFERS = ("rows", "row_scale", "valid", "row_labels")
+SHARD_MARK = "first_row"  # of a sharded bank alone
 
 
 def _own_part(state_dict: dict[str, Any], prefix: str, shard: Shard) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from codir_fast.errors import SaveError, UsageError
+from codir_fast.errors import LostProcess, SaveError, UsageError
 from codir_fast.version import __version__
 
 # Command -> (module with run(arguments) -> int, what it does).
@@ -42,7 +42,9 @@ USAGE = "\n".join(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for an error of use, 1 for a full disk."""
+    """Runs one command; returns the exit code: 0, 2 for an error of use, 1 for a full disk or
+    another process that ended.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, NotImplementedError) as error:
         print(f"codir-fast: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    except SaveError as error:
+    except (SaveError, LostProcess) as error:
         print(f"codir-fast: error: {_one_line(error)}", file=sys.stderr)
         return 1
 

@@ -159,6 +159,15 @@ def gather_blocks(ranks: Ranks, what: str, block: Tensor, dst: int) -> list[Tens
     return [_of_bytes(block_bytes, block) for block_bytes in blocks]
 
 
+def gather_bytes(ranks: Ranks, what: str, data: bytes, device: torch.device) -> list[bytes]:
+    """Every rank's bytes, of any number, on all ranks."""
+    every = agree(ranks, what, (), (len(data), 0), device)
+    sizes = [size for size, *_ in every]
+    own = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+    (all_bytes,) = gather(ranks, what, [own], sizes).wait()
+    return [part.cpu().numpy().tobytes() for part in all_bytes.split(sizes)]
+
+
 def _difference(ranks: Ranks, what: str, settings: Settings, device: torch.device) -> str:
     """Which setting ranks differ in, as all of them see it."""
     text = json.dumps([what, dict(settings)], default=str).encode()
@@ -238,4 +247,7 @@ def _unpack(packed: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _of_bytes(rows: Tensor, like: Tensor) -> Tensor:
-    return rows.contiguous().view(like.dtype).reshape(len(rows), *like.shape[1:])
+    if len(rows) < 2:  # counts as contiguous wherever it begins, also between two elements
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    rows = rows.contiguous()
+    return rows.view(like.dtype).reshape(len(rows), *like.shape[1:])

@@ -14,6 +14,7 @@ from codir_fast.collectives import (
     agree,
     exchange,
     exchange_counts,
+    gather,
     outside_graphs,
     ranks_of,
 )
@@ -73,6 +74,25 @@ class Shard:
         moved = [column[order] for column in (row, *columns)]
         row, *moved = exchange(self.ranks, what, moved, send.tolist(), receive).wait()
         return [row - self.first, *moved]
+
+    @outside_graphs
+    def from_owners(self, what: str, row: Tensor, *columns: Tensor) -> list[Tensor]:
+        """What the ranks that hold each of `row` (N,) have of it in the columns, (N, ...) each."""
+        owner = row // self.block
+        order = owner.argsort(stable=True)
+        send = torch.bincount(owner, minlength=self.ranks.size)
+        receive = exchange_counts(self.ranks, what, send)
+        (asked,) = exchange(self.ranks, what, [row[order]], send.tolist(), receive).wait()
+        found = [column[asked - self.first] for column in columns]
+        came = exchange(self.ranks, what, found, receive, send.tolist()).wait()
+        back = order.argsort()
+        return [column[back] for column in came]
+
+    @outside_graphs
+    def whole(self, what: str, *columns: Tensor) -> list[Tensor]:
+        """The columns of all rows, on every rank."""
+        sizes = [self.first_of(rank + 1) - self.first_of(rank) for rank in range(self.ranks.size)]
+        return gather(self.ranks, what, columns, sizes).wait()
 
 
 def shard_of(size: int, process_group: Any) -> Shard | None:

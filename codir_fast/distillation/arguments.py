@@ -16,6 +16,7 @@ from codir_fast.distillation.checkpoint import (
     last_whole_checkpoint,
     whole_checkpoint,
 )
+from codir_fast.distillation.processes import is_first, wait_for_all
 from codir_fast.distillation.run_settings import RUN_FILE
 from codir_fast.errors import UsageError
 
@@ -262,6 +263,7 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
             f"`output_dir` must be empty, {directory} is not; give --overwrite_output_dir to write "
             "into it or --resume_from_checkpoint to go on"
         )
+    wait_for_all(training)  # else another process may see what the first one writes next
 
 
 def _check_writable(directory: Path) -> None:
@@ -307,5 +309,8 @@ def usage_errors(command: str) -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """A line to the person at the terminal, out of the way of results on standard output."""
-    print(message, file=sys.stderr, flush=True)
+    """A line to the person at the terminal, out of the way of results on standard output; of
+    several processes the first one says it.
+    """
+    if is_first():
+        print(message, file=sys.stderr, flush=True)

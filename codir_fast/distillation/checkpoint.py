@@ -85,11 +85,14 @@ def _nothing_left_of(there: Path, wanted: Path) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, SaveError) else error
         # The libraries in Rust give an error of the system in the text of one of their own.
         if isinstance(cause, OSError) or "(os error " in str(cause):
-            raise SaveError(f"{wanted} can't be written: {cause}{_advice(wanted)}") from cause
+            raise SaveError(f"{wanted} can't be written: {cause}{advice(wanted)}") from cause
         raise
 
 
-def _advice(wanted: Path) -> str:
+def advice(wanted: Path) -> str:
+    """What a run that ended early can go on from, in words that begin with a semicolon; `wanted`:
+    its folder, or a checkpoint in it.
+    """
     directory = wanted.parent if NAME.fullmatch(wanted.name) else wanted
     known = [path.name for order, path in checkpoints(directory) if order >= 0]
     if not known:

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, set_seed
 from transformers.optimization import Adafactor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.training_args import OptimizerNames
 
+from codir_fast.collectives import gather_bytes, ranks_of
 from codir_fast.distillation.arguments import say
 from codir_fast.distillation.checkpoint import (
     last_whole_checkpoint,
@@ -22,6 +23,7 @@ from codir_fast.distillation.checkpoint import (
 )
 from codir_fast.distillation.loading import load_weights
 from codir_fast.distillation.manifest import DamagedFolder, verify
+from codir_fast.distillation.processes import OwnRandomNumbers, process_group
 from codir_fast.distillation.trainer_state import (
     SaveAfterEpoch,
     best_beside,
@@ -35,11 +37,13 @@ from codir_fast.distillation.training_state import (
     random_state,
     save_tree,
     set_random_state,
+    tree_bytes,
 )
 from codir_fast.errors import UsageError
 
 ARGUMENTS_FILE = "training_arguments.json"
 STATE_FILE = "training_state.safetensors"
+RANDOM_FILE = "random_state_{}.safetensors"  # of each process
 # Of TrainingArguments; their states are numbers and tensors.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adagrad", "rmsprop")
 
@@ -61,6 +65,7 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._had_stopped = False
+        self.add_callback(OwnRandomNumbers())
         self.add_callback(SaveAfterEpoch())
         if self.args.save_strategy != SaveStrategy.NO:
             self._check_state()
@@ -161,10 +166,12 @@ class CheckpointedTrainer(Trainer):
         save_tree(tree, Path(output_dir) / STATE_FILE)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        save_tree(random_state(self.args.device), self._random_file(output_dir))
-
-    def _random_file(self, directory: str) -> Path:
-        return Path(directory) / f"random_state_{self.args.process_index}.safetensors"
+        states = [tree_bytes(random_state(self.args.device))]
+        if ranks := ranks_of(process_group(self.args)):  # one may see no disk of the others
+            states = gather_bytes(ranks, "checkpoint", states[0], self.args.device)
+        if self.args.should_save:
+            for rank, state in enumerate(states):
+                (Path(output_dir) / RANDOM_FILE.format(rank)).write_bytes(state)
 
     def read_model(self, directory: Path) -> None:
         """Takes what `write_model` wrote; raises UsageError where it does not fit."""
@@ -212,8 +219,17 @@ class CheckpointedTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             device = self.args.device
+            before = len(list(Path(checkpoint).glob(RANDOM_FILE.format("*"))))
+            if before not in (0, self.args.world_size):
+                say(
+                    f"resumed on {self.args.world_size} processes instead of {before}: their "
+                    "random numbers start anew"
+                )
+                set_seed(self.args.seed + self.state.global_step + self.args.process_index)
+                return
+            name = RANDOM_FILE.format(self.args.process_index)
             with refusing(Path(checkpoint)):
-                state = load_tree(self._random_file(checkpoint))
+                state = load_tree(Path(checkpoint) / name)
                 set_random_state(state, device)
                 if state["device"] != device.type:
                     say(f"resumed on {device.type} instead of {state['device']}: not bit-equal")

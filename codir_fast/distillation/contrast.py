@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from codir_fast.distillation.config import DistillationConfig, LayerConfig, PretrainingConfig
+from codir_fast.distillation.standardization import Moments, Standardization, both_moments
 from codir_fast.losses import ContrastiveLoss
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 from codir_fast.projection import ProjectionHead
@@ -16,72 +17,6 @@ from codir_fast.sampling import sample_negatives
 
 Bank: TypeAlias = IndexedBank | MemoryQueue
 Examples: TypeAlias = dict[str, Tensor]  # what a bank asks of each example, (B,) each
-Moments: TypeAlias = tuple[Tensor, Tensor]  # mean and deviation of each feature
-
-
-class Standardization(nn.Module):
-    """(x - mean) / deviation of each of `size` features; the identity unless the run standardises.
-    Buffers, NaN until they are set.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, size: int, config: LayerConfig) -> None:
-        super().__init__()
-        self.is_used = config.standardize_features
-        self._is_set = not self.is_used
-        if self.is_used:
-            self.register_buffer("mean", torch.full((size,), torch.nan))
-            self.register_buffer("deviation", torch.full((size,), torch.nan))
-
-    @property
-    def is_missing(self) -> bool:
-        if not self._is_set:  # asked until it is: a GPU is waited for
-            self._is_set = not bool(self.mean.isnan().any())
-        return not self._is_set
-
-    def set(self, mean: Tensor, deviation: Tensor) -> None:
-        self.mean.copy_(mean)
-        self.deviation.copy_(deviation)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return (rows - self.mean) / self.deviation if self.is_used else rows
-
-
-class _Moments:
-    """Mean and deviation of rows that come in batches, in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total = self.squares = torch.zeros((), dtype=torch.float64)
-
-    def add(self, rows: Tensor) -> None:
-        rows = rows.detach().to(torch.float64)
-        self.count += rows.shape[0]
-        self.total = self.total.to(rows.device) + rows.sum(0)
-        self.squares = self.squares.to(rows.device) + rows.square().sum(0)
-
-    def result(self) -> Moments:
-        """A deviation of 0 becomes 1: such a feature is 0 once its mean is off."""
-        mean = self.total / self.count
-        variance = (self.squares / self.count - mean * mean).clamp_min(0)
-        small = variance <= 1e-12 * (mean * mean + 1e-12)
-        return mean, variance.sqrt().masked_fill(small, 1)
-
-
-def both_moments(
-    features: Iterable[tuple[Tensor | None, Tensor]], has_one_width: bool
-) -> tuple[Moments, Moments]:
-    """Mean and deviation of student's and teacher's features; the teacher's twice where it has the
-    student's width.
-    """
-    student, teacher = _Moments(), _Moments()
-    for student_rows, teacher_rows in features:
-        teacher.add(teacher_rows)
-        if student_rows is not None:
-            student.add(student_rows)
-    return (teacher if has_one_width else student).result(), teacher.result()
 
 
 class LayerContrast(nn.Module):
@@ -96,16 +31,20 @@ class LayerContrast(nn.Module):
         config: how the term is made up.
         widths: features of student and teacher, L*H each.
         new_bank: makes a bank.
+        process_group: ranks that train together and share the banks, see codir_fast.distributed.
 
     Source: Sun et al. 2020, Contrastive Distillation on Intermediate Representations, section 3.
     """
 
     def __init__(
-        self, config: LayerConfig, widths: tuple[int, int], new_bank: Callable[[], Bank]
+        self,
+        config: LayerConfig,
+        widths: tuple[int, int],
+        new_bank: Callable[[], Bank],
+        process_group: Any = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.has_one_width = widths[0] == widths[1]  # so that one standardisation serves both sides
+        self.config, self.widths, self.process_group = config, widths, process_group
         self.student_projection = ProjectionHead(widths[0], config.projection_dim)
         self.teacher_projection = ProjectionHead(widths[1], config.projection_dim)
         if config.head_init == "equal":
@@ -119,6 +58,7 @@ class LayerContrast(nn.Module):
         self.loss = self._new_loss()
         self.teacher_loss = self._new_loss() if config.both_sides else None
         self._waiting: list[tuple[Tensor, Tensor, Examples]] = []
+        self._has_rows = False
 
     def _new_loss(self) -> ContrastiveLoss:
         is_nce = self.config.objective == "nce"
@@ -126,7 +66,8 @@ class LayerContrast(nn.Module):
             self.config.temperature,
             objective=self.config.objective,
             normalize=False,  # both sides come out of their heads with unit length
-            num_data=self.bank.rows.shape[0] if is_nce else None,
+            num_data=self.bank.size if is_nce else None,
+            process_group=self.process_group,
         )
 
     @property
@@ -138,7 +79,8 @@ class LayerContrast(nn.Module):
         """Takes mean and deviation from batches of both sides' features, (B, L*H) each; of the
         teacher's alone where it has the student's width.
         """
-        self.set_features(*both_moments(features, self.has_one_width))
+        device = self.teacher_features.mean.device
+        self.set_features(*both_moments(features, self.widths, self.process_group, device))
 
     def set_features(self, student: Moments, teacher: Moments) -> None:
         self.student_features.set(*student)
@@ -154,8 +96,10 @@ class LayerContrast(nn.Module):
         z_student = self.student_projection(self.student_features(student))
         z_teacher = self.teacher_projection(self.teacher_features(teacher))
         self._waiting.append((z_student.detach(), z_teacher.detach(), examples))
-        if not len(self.bank):  # nothing to tell apart from yet
-            return 0.0 * z_student.sum()
+        self._has_rows = self._has_rows or not self.bank.is_empty()
+        if not self._has_rows:  # nothing to tell apart from yet
+            # Of both heads: DistributedDataParallel waits for the gradients of all parameters.
+            return 0.0 * (z_student.sum() + z_teacher.sum())
         term = self._one_side(self.loss, z_student, z_teacher, self.bank, examples)
         if self.teacher_loss is None:
             return term
@@ -172,7 +116,7 @@ class LayerContrast(nn.Module):
     ) -> Tensor:
         picks = self._picks(bank, len(query), examples)
         if picks is None:
-            return 0.0 * query.sum()
+            return 0.0 * (query.sum() + positive.sum())
         return loss(query, self._positive(bank, positive, examples), bank, **picks)
 
     def _picks(self, bank: Any, B: int, examples: Examples) -> dict[str, Any] | None:
@@ -184,7 +128,10 @@ class LayerContrast(nn.Module):
 
     def _draw_filled(self, bank: Bank, B: int) -> Tensor:
         """num_negatives filled rows for each of B queries, with replacement, (B, M)."""
-        filled = bank.valid.nonzero()[:, 0]
+        valid = bank.valid
+        if bank.shard is not None:
+            (valid,) = bank.shard.whole("drawing of negatives", valid)
+        filled = valid.nonzero()[:, 0]
         size = (B, self.config.num_negatives)
         return filled[torch.randint(len(filled), size, device=filled.device)]
 
@@ -206,19 +153,33 @@ class BankContrast(LayerContrast):
 
     Args:
         labels: (num_examples,) integers, of the training examples.
+        process_group: as for LayerContrast.
     """
 
     config: DistillationConfig
 
-    def __init__(self, config: DistillationConfig, widths: tuple[int, int], labels: Tensor) -> None:
+    def __init__(
+        self,
+        config: DistillationConfig,
+        widths: tuple[int, int],
+        labels: Tensor,
+        process_group: Any = None,
+    ) -> None:
         def new_bank() -> IndexedBank:
             num_rows, dim = len(labels), config.projection_dim
-            bank = IndexedBank(num_rows, dim, momentum=config.bank_momentum, labels=labels)
+            bank = IndexedBank(
+                num_rows,
+                dim,
+                momentum=config.bank_momentum,
+                labels=labels,
+                process_group=process_group,
+            )
             if config.bank_init == "random":
-                bank.update(torch.arange(num_rows), torch.randn(num_rows, dim))
+                bank.update(*_of_rank(bank, torch.arange(num_rows), torch.randn(num_rows, dim)))
             return bank
 
-        super().__init__(config, widths, new_bank)
+        super().__init__(config, widths, new_bank, process_group)
+        self._can_draw = False
 
     def _picks(self, bank: IndexedBank, B: int, examples: Examples) -> dict[str, Any] | None:
         picks = {"exclude_index": examples["index"]}
@@ -232,21 +193,31 @@ class BankContrast(LayerContrast):
         return picks
 
     def _draw(self, bank: IndexedBank, labels: Tensor) -> Tensor | None:
-        """Rows for each query, (B, M), with replacement; None while a query has none to draw."""
+        """Rows for each query, (B, M), with replacement; None while the bank has one label."""
         if self.config.negatives == "all":
             return self._draw_filled(bank, len(labels))
-        assert bank.labels is not None
-        others = bank.labels[bank.valid][None, :] != labels.unique()[:, None]
-        if not bool(others.any(1).all()):
+        self._can_draw = self._can_draw or self._has_two_labels(bank)
+        if not self._can_draw:  # a query may have no row to draw
             return None
         return sample_negatives(bank, labels, self.config.num_negatives, replacement=True)
+
+    def _has_two_labels(self, bank: IndexedBank) -> bool:
+        assert bank.row_labels is not None
+        valid, row_labels = bank.valid, bank.row_labels
+        if bank.shard is not None:
+            valid, row_labels = bank.shard.whole("labels of the bank", valid, row_labels)
+        return len(row_labels[valid].unique()) > 1
 
     def _positive(self, bank: IndexedBank, positive: Tensor, examples: Examples) -> Tensor:
         if self.config.positive == "current":
             return positive
         index = examples["index"]
-        there = bank.valid[index][:, None]
-        return torch.where(there, bank.rows[index].to(positive.dtype), positive)
+        if bank.shard is None:
+            there, rows = bank.valid[index], bank.rows[index]
+        else:
+            columns = (bank.valid, bank.rows)
+            there, rows = bank.shard.from_owners("positives of the bank", index, *columns)
+        return torch.where(there[:, None], rows.to(positive.dtype), positive)
 
     def _write(self, bank: IndexedBank, keys: Tensor, examples: Examples) -> None:
         bank.update(examples["index"], keys)
@@ -259,17 +230,25 @@ class QueueContrast(LayerContrast):
 
     config: PretrainingConfig
 
-    def __init__(self, config: PretrainingConfig, widths: tuple[int, int]) -> None:
+    def __init__(
+        self, config: PretrainingConfig, widths: tuple[int, int], process_group: Any = None
+    ) -> None:
         def new_queue() -> MemoryQueue:
-            queue = MemoryQueue(config.queue_size, config.projection_dim)
+            size, dim = config.queue_size, config.projection_dim
+            queue = MemoryQueue(size, dim, process_group=process_group)
             if config.bank_init == "random":
-                queue.enqueue(torch.randn(queue.rows.shape))
+                queue.enqueue(*_of_rank(queue, torch.randn(size, dim)))
             return queue
 
-        super().__init__(config, widths, new_queue)
+        super().__init__(config, widths, new_queue, process_group)
 
     def _picks(self, bank: MemoryQueue, B: int, examples: Examples) -> dict[str, Any]:
         return {"negative_index": self._draw_filled(bank, B)} if self.config.num_negatives else {}
 
     def _write(self, bank: MemoryQueue, keys: Tensor, examples: Examples) -> None:
         bank.enqueue(keys)
+
+
+def _of_rank(bank: Bank, *rows: Tensor) -> list[Tensor]:
+    """This rank's part of something that there is of every row."""
+    return list(rows) if bank.shard is None else [bank.shard.own(part) for part in rows]

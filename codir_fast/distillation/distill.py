@@ -26,6 +26,7 @@ from codir_fast.distillation.loading import (
 )
 from codir_fast.distillation.metrics import metrics_for
 from codir_fast.distillation.model import DistillationModel
+from codir_fast.distillation.processes import process_group, wait_for_all
 from codir_fast.distillation.run_settings import run_settings
 from codir_fast.distillation.student import student_from_teacher
 from codir_fast.distillation.teacher_cache import (
@@ -99,7 +100,7 @@ def read_flags(arguments: list[str]) -> tuple[Any, ...]:
     stopping.check(training)
     check_training_arguments(training)
     with args.usage_errors("distill"):
-        check_arguments(training, config)
+        check_arguments(training)
     return models, config, data, stopping, output, training
 
 
@@ -120,7 +121,8 @@ def run(arguments: list[str]) -> int:
     eval_labels = read_labels(validation, "validation_file", teacher.config) if validation else []
     with args.usage_errors("distill"):
         student = _student(models, teacher, config)
-        model = DistillationModel(student, teacher, config, torch.tensor(labels))
+        group = process_group(training)
+        model = DistillationModel(student, teacher, config, torch.tensor(labels), group)
         if resume is not None:  # Trainer loads it again, after it has made the output folder
             load_checkpoint(model, Path(resume))
     longest = longest_text(data, tokenizer, student, teacher)
@@ -175,6 +177,9 @@ def _cached(
             batch_size=training.per_device_eval_batch_size,
             device=training.device,
             dtype=dtype,
+            # Of all processes the first; then that of each machine, if it sees another disk.
+            turns=(training.process_index == 0, training.local_process_index == 0),
+            wait=lambda: wait_for_all(training),
         )
     except ValueError as error:
         raise UsageError(f"distill: {error}") from error

@@ -6,7 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from codir_fast.distillation.contrast import LayerContrast, both_moments
+from codir_fast.distillation.contrast import LayerContrast
+from codir_fast.distillation.standardization import both_moments
 
 
 class LayerContrasts(nn.Module):
@@ -28,7 +29,7 @@ class LayerContrasts(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(new_contrast(widths) for _ in range(num_layers))
-        self.has_one_width = widths[0] == widths[1]
+        self.widths = (num_layers * widths[0], num_layers * widths[1])
 
     def _layers(self) -> list[LayerContrast]:
         return cast(list[LayerContrast], list(self.layers))
@@ -38,7 +39,9 @@ class LayerContrasts(nn.Module):
         return self._layers()[0].needs_features
 
     def fit_features(self, features: Iterable[tuple[Tensor | None, Tensor]]) -> None:
-        sides = both_moments(features, self.has_one_width)
+        first = self._layers()[0]
+        device = first.teacher_features.mean.device
+        sides = both_moments(features, self.widths, first.process_group, device)
         parts = [
             list(zip(*(v.chunk(len(self.layers)) for v in side), strict=True)) for side in sides
         ]

@@ -36,6 +36,7 @@ class PretrainingModel(TeacherStudent):
         student: masked language model to train.
         teacher: masked language model of the same vocabulary; None where only mlm_weight > 0.
         config: weights, temperatures, layers, size of the queue.
+        process_group: as for DistillationModel, of the queue.
 
     Raises:
         ValueError: the vocabularies differ; a model has no head whose logits at some positions can
@@ -47,7 +48,11 @@ class PretrainingModel(TeacherStudent):
     distillation_config: PretrainingConfig
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | None, config: PretrainingConfig
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        config: PretrainingConfig,
+        process_group: Any = None,
     ) -> None:
         check_head("student", student)
         if teacher is not None:
@@ -58,7 +63,11 @@ class PretrainingModel(TeacherStudent):
                     f"`student` must read the teacher's tokens, a vocabulary of {sizes[1]}, got "
                     f"{sizes[0]}"
                 )
-        super().__init__(student, teacher, config, lambda widths: QueueContrast(config, widths))
+
+        def new_contrast(widths: tuple[int, int]) -> QueueContrast:
+            return QueueContrast(config, widths, process_group)
+
+        super().__init__(student, teacher, config, new_contrast)
 
     def forward(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -54,6 +55,11 @@ class PretrainingTrainer(DistillationTrainer):
     def __init__(
         self, model: PretrainingModel, args: TrainingArguments | None = None, **kwargs: Any
     ) -> None:
+        if args is not None and isinstance(kwargs.get("train_dataset"), IterableDataset):
+            config: Any = args.accelerator_config
+            if config.dispatch_batches is None:
+                # The first process would cut its batches for the others, which differ in length.
+                config.dispatch_batches = False
         super().__init__(model, args, **kwargs)
         if self.compute_metrics is not None:
             raise ValueError("`compute_metrics` must be None: no logits are kept in pre-training")
@@ -79,9 +85,10 @@ class PretrainingTrainer(DistillationTrainer):
         return {**batch, "input_ids": masked, "labels": labels}
 
     def _feature_batches(self) -> Iterator[dict[str, Any]]:
-        count = math.ceil(FEATURE_TEXTS / self.args.train_batch_size)
-        batches = tqdm(islice(self.get_train_dataloader(), count), "Standardize", leave=False)
-        for batch in batches:
+        count = math.ceil(FEATURE_TEXTS / self.args.train_batch_size / self.args.world_size)
+        batches = islice(self.get_train_dataloader(), count)
+        is_silent = not self.args.should_log
+        for batch in tqdm(batches, "Standardize", leave=False, disable=is_silent):
             yield self._mask(self._prepare_inputs(batch))
 
     def training_step(
@@ -97,6 +104,7 @@ class PretrainingTrainer(DistillationTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs = self._mask(self._prepare_inputs(inputs))
+        inputs["labels"][self._own_rows(len(inputs["labels"])) :] = IGNORED
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         assert loss is not None
         count = (inputs["labels"] != IGNORED).sum()
@@ -108,7 +116,7 @@ class PretrainingTrainer(DistillationTrainer):
         self._evaluated.zero_()
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type=device.type):
-            torch.manual_seed(self.args.seed)
+            torch.manual_seed(self.args.seed + self.args.process_index)
             output = super().evaluation_loop(*args, **kwargs)
         total, count = self.accelerator.reduce(self._evaluated).tolist()
         loss = total / count if count else math.nan

@@ -1,5 +1,7 @@
 """The fine-tuning stage: a sequence classifier learns from labels and from a larger one."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,6 +42,9 @@ class DistillationModel(TeacherStudent):
         config: weights, temperatures, layers.
         bank_labels: (num_examples,) integers, in regression numbers, label of each training
             example; row n of the bank belongs to example n. Needed where codir_weight > 0.
+        process_group: ranks of torch.distributed that train it together, each with its own
+            batches, and share the bank; see codir_fast.distributed. Default: this process has all
+            of it.
 
     Source: Sun et al. 2020, Contrastive Distillation on Intermediate Representations, section 3.
     """
@@ -53,6 +58,7 @@ class DistillationModel(TeacherStudent):
         teacher: PreTrainedModel,
         config: DistillationConfig,
         bank_labels: Tensor | None = None,
+        process_group: Any = None,
     ) -> None:
         if student.config.num_labels != teacher.config.num_labels:
             raise ValueError(
@@ -71,7 +77,7 @@ class DistillationModel(TeacherStudent):
 
         def new_contrast(widths: tuple[int, int]) -> BankContrast:
             assert classes is not None
-            return BankContrast(config, widths, classes)
+            return BankContrast(config, widths, classes, process_group)
 
         super().__init__(student, teacher, config, new_contrast)
         self.is_regression = regression

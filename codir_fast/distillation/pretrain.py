@@ -19,6 +19,7 @@ from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import load_masked_lm, load_tokenizer, load_trained_masked_lm
 from codir_fast.distillation.masked_lm import PretrainingModel
 from codir_fast.distillation.masked_lm_trainer import PretrainingTrainer
+from codir_fast.distillation.processes import process_group
 from codir_fast.distillation.run_settings import run_settings
 from codir_fast.distillation.student import student_from_teacher
 from codir_fast.distillation.texts import load_texts, reading_on
@@ -77,7 +78,7 @@ def run(arguments: list[str]) -> int:
     check_best_metric(training, ("loss", "perplexity"))
     stopping.check(training)
     with args.usage_errors("pretrain"):
-        check_arguments(training, config)
+        check_arguments(training)
     args.check_output(training, output)
     resume = args.checkpoint_to_resume(training)
 
@@ -88,7 +89,7 @@ def run(arguments: list[str]) -> int:
         raise UsageError(f"`{flag}` must have a tokenizer with a mask token")
     student, teacher = _student_and_teacher(models, config)
     with args.usage_errors("pretrain"):
-        model = PretrainingModel(student, teacher, config)
+        model = PretrainingModel(student, teacher, config, process_group(training))
         if resume is not None:  # Trainer loads it again, after it has made the output folder
             load_checkpoint(model, Path(resume))
     if len(tokenizer) > student.config.vocab_size:

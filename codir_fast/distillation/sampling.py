@@ -10,6 +10,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from codir_fast.distillation.checkpointed_trainer import CheckpointedTrainer
 from codir_fast.distillation.model_card import CARD_FILE
+from codir_fast.distillation.objectives import label_loss
 
 
 class SeededByEpoch(Sampler[int]):
@@ -43,10 +44,42 @@ class ResumableTrainer(CheckpointedTrainer):
     same whether it is evaluated or not, and pushes the model card that is there.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A classifier's loss is a mean though it takes more arguments: Trainer would not divide it
+        # by the accumulated steps, and multiply it by the number of processes.
+        self.model_accepts_loss_kwargs = False
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's, whose loader of batches would move the random numbers that dropout sees."""
         with torch.random.fork_rng(devices=()):
             return super().evaluate(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """As Trainer's, with the loss of this process's own rows."""
+        loss, logits, labels = super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys
+        )
+        if loss is not None and logits is not None and labels is not None:
+            count = self._own_rows(len(labels))
+            if 0 < count < len(labels):
+                loss = label_loss(logits[:count], labels[:count])
+        return loss, logits, labels
+
+    def _own_rows(self, size: int) -> int:
+        """How many of an evaluation batch's rows come first that are not there only so that all
+        processes have as many.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return size
+        return min(max(state.remainder - size * self.args.process_index, 0), size)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's own card, where the folder has none: before a push it would replace any."""
@@ -57,6 +90,7 @@ class ResumableTrainer(CheckpointedTrainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
+        sampler.batch_size *= self.args.world_size  # texts of like lengths for all processes
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # The whole part of state.epoch: in a resumed epoch it has a fraction, else it is exact.
         return SeededByEpoch(sampler, seed, lambda: int(self.state.epoch or 0))

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ def with_teacher_outputs(
     batch_size: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    turns: Sequence[bool] = (True,),
+    wait: Callable[[], None] = lambda: None,
 ) -> Dataset:
     """`tokens` with the columns teacher_logits (C,) and, where a term compares layers,
     teacher_features (L*H,), float32: what `model.teacher_outputs` gives for each example.
@@ -68,6 +70,9 @@ def with_teacher_outputs(
         directory: of caches; the one that fits is used if it is whole, else made.
         batch_size: texts that the teacher reads together.
         device, dtype: where and in which precision the teacher runs (autocast below float32).
+        turns: whether this process makes what is missing when its turn comes; of several, one
+            after the other, as they may share a disk.
+        wait: returns once every process has called it.
 
     Raises:
         ValueError: an output of the teacher is not finite.
@@ -75,12 +80,14 @@ def with_teacher_outputs(
     parts = _parts(model, tokens, dtype)
     key = hashlib.sha256(_canonical(parts).encode()).hexdigest()[:32]
     folder = directory / key
-    fault = _fault(folder, parts)
-    if fault is not None:
-        if folder.exists():
-            say(f"the teacher cache {folder} {fault}; it is made again")
-        outputs = _Outputs(model, collator, batch_size, device, dtype)
-        _make(folder, parts, tokens, outputs)
+    for is_mine in turns:
+        fault = _fault(folder, parts) if is_mine else None
+        if fault is not None:
+            if folder.exists():
+                say(f"the teacher cache {folder} {fault}; it is made again")
+            outputs = _Outputs(model, collator, batch_size, device, dtype)
+            _make(folder, parts, tokens, outputs)
+        wait()
     cached = Dataset.from_file(str(folder / OUTPUTS))
     names = cached.column_names
     joined = concatenate_datasets([tokens, cached], axis=1)

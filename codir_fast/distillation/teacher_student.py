@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from codir_fast.bank_rows import SHARD_MARK
 from codir_fast.distillation.config import LayerConfig
 from codir_fast.distillation.contrast import LayerContrast
 from codir_fast.distillation.layer_contrasts import LayerContrasts
 from codir_fast.distillation.layer_mapping import layer_pairs
+from codir_fast.distributed import gather_state
 from codir_fast.pooling import pool_hidden_states
 
 STUDENT_PREFIX = "student."
@@ -157,7 +159,7 @@ class TeacherStudent(nn.Module):
                 if teacher is None:
                     teacher = self._features(self.teacher, self.teacher_layers, batch)
                 student = None
-                if not self.contrast.has_one_width:
+                if self.contrast.widths[0] != self.contrast.widths[1]:
                     student = self._features(self.student, self.student_layers, batch)
                 yield student, teacher
 
@@ -183,13 +185,18 @@ class TeacherStudent(nn.Module):
             self.contrast.update_banks()
 
     def distillation_state(self) -> dict[str, Tensor]:
-        """Heads and bank: all of state_dict() that is not the student."""
-        state = self.state_dict()
+        """Heads and bank: all of state_dict() that is not the student. A bank that ranks share is
+        put together: a step of all of them, of which rank 0 alone gets something.
+        """
+        state = gather_state(self) or {}
         return {name: state[name] for name in state if not name.startswith(STUDENT_PREFIX)}
 
     def load_distillation_state(self, state: dict[str, Tensor]) -> None:
-        """Takes what `distillation_state` gave; every name and shape must fit."""
-        expected = set(self.distillation_state())
+        """Takes what `distillation_state` gave, on however many ranks; every name and shape must
+        fit.
+        """
+        own = (name for name in self.state_dict() if not name.startswith(STUDENT_PREFIX))
+        expected = {name for name in own if not name.endswith(f".{SHARD_MARK}")}
         if set(state) != expected:
             raise ValueError(
                 f"`state` must hold {sorted(expected)}, got {sorted(state)}: it is of another kind "

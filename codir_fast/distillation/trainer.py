@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import TrainOutput
 
 from codir_fast.distillation.checkpoint import refusing
-from codir_fast.distillation.config import LayerConfig
 from codir_fast.distillation.loading import load_weights
 from codir_fast.distillation.model import DistillationModel
 from codir_fast.distillation.sampling import ResumableTrainer
 from codir_fast.distillation.teacher_student import TeacherStudent
+from codir_fast.distributed import ignore_shards_in_ddp
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 
 STATE_FILE = "distillation_state.safetensors"
@@ -32,9 +33,13 @@ class DistillationTrainer(ResumableTrainer):
     distillation.json and distillation_state.safetensors (heads and bank). The training set needs a
     column `index`, the number of each example, where the contrastive term has a weight.
 
+    Under torchrun and its kin each process has its own batches, which are those of one process
+    with a batch that is as many times larger, and the model must have the bank over all of them,
+    `process_group`. Checkpoints are those of one process: they resume on any number.
+
     Raises:
-        ValueError: `model` is no DistillationModel; or more than one process, for which the bank is
-            not built yet; or several GPUs in one process.
+        ValueError: `model` is no DistillationModel; several processes and a bank without a process
+            group; several GPUs in one process.
         NotImplementedError: label smoothing.
     """
 
@@ -47,11 +52,14 @@ class DistillationTrainer(ResumableTrainer):
             wanted = self.model_class.__name__
             raise ValueError(f"`model` must be a {wanted}, got {type(model).__name__}")
         if args is not None:
-            check_arguments(args, model.distillation_config)
+            check_arguments(args)
+            check_banks(model, args.world_size)
+        ignore_shards_in_ddp(model)
         super().__init__(model, args, **kwargs)
         device = self.args.device
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
         self._count = 0
+        self._kept: dict[str, Tensor] = {}
         self.add_callback(_BankUpdate())
 
     def train(
@@ -65,8 +73,10 @@ class DistillationTrainer(ResumableTrainer):
 
     def _feature_batches(self) -> Iterator[dict[str, Any]]:
         """Batches of the training examples that features are standardised over."""
-        for batch in tqdm(self.get_eval_dataloader(self.train_dataset), "Standardize", leave=False):
-            yield self._prepare_inputs(batch)
+        batches = self.get_eval_dataloader(self.train_dataset)
+        for batch in tqdm(batches, "Standardize", leave=False, disable=not self.args.should_log):
+            if count := self._own_rows(find_batch_size(batch)):
+                yield {n: x[:count] for n, x in self._prepare_inputs(batch).items()}
 
     def compute_loss(
         self,
@@ -84,10 +94,17 @@ class DistillationTrainer(ResumableTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._count:
-            logs |= {name: float(total) / self._count for name, total in self._sums.items()}
+            means = torch.stack(list(self._sums.values())) / self._count
+            means = self.accelerator.reduce(means, "mean")
+            logs |= dict(zip(self._sums, means.tolist(), strict=True))
             self._sums.clear()
             self._count = 0
         super().log(logs, start_time)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self._kept = self._module().distillation_state()  # by all ranks; one of them writes
+        super().save_model(*args, **kwargs)
+        self._kept = {}
 
     def write_model(self, directory: Path, state_dict: dict[str, Any] | None = None) -> None:
         model = self._module()
@@ -96,27 +113,35 @@ class DistillationTrainer(ResumableTrainer):
             self.processing_class.save_pretrained(directory)
         model.distillation_config.save(directory)
         # Copies: safetensors refuses tensors that share memory, as a bank moved by .to() may.
-        state = {name: value.clone() for name, value in model.distillation_state().items()}
+        state = {name: value.clone() for name, value in self._kept.items()}
         save_file(state, directory / STATE_FILE)
 
     def read_model(self, directory: Path) -> None:
         load_checkpoint(self._module(), directory)
 
 
-def check_arguments(args: TrainingArguments, config: LayerConfig) -> None:
+def check_arguments(args: TrainingArguments) -> None:
     """Raises what DistillationTrainer raises for arguments that a distillation can't follow."""
     if args.label_smoothing_factor != 0:
         raise NotImplementedError("`label_smoothing_factor` is not built for distillation yet")
-    if args.world_size > 1 and config.codir_weight > 0:
-        raise ValueError(
-            "`codir_weight` > 0 needs one process: each process would fill a bank of its own, "
-            f"got {args.world_size} processes"
-        )
     if args.n_gpu > 1:
         raise ValueError(
             "a distillation needs one GPU per process, DataParallel leaves teacher and bank "
             f"behind: choose one with CUDA_VISIBLE_DEVICES, got {args.n_gpu} GPUs"
         )
+
+
+def check_banks(model: TeacherStudent, world_size: int) -> None:
+    """Raises ValueError where processes train together and each has a bank of its own."""
+    for name, bank in model.named_modules():
+        if isinstance(bank, (IndexedBank, MemoryQueue)):
+            ranks = 1 if bank.shard is None else bank.shard.ranks.size
+            if ranks != world_size:
+                raise ValueError(
+                    f"`model` must have {name} over all {world_size} processes, got it over "
+                    f"{ranks}: each would fill a bank of its own, and DistributedDataParallel copy "
+                    "the first one's over the others; give the model `process_group`"
+                )
 
 
 def load_checkpoint(model: TeacherStudent, directory: Path) -> None:
@@ -145,6 +170,8 @@ def _check_labels(model: TeacherStudent, state: dict[str, Tensor]) -> None:
     for name, bank in model.named_modules():
         if isinstance(bank, IndexedBank) and bank.labels is not None:
             loaded = state.get(f"{name}.row_labels")
+            if loaded is not None and bank.shard is not None:
+                loaded = bank.shard.own(loaded)
             if loaded is None or not torch.equal(loaded, bank.labels.cpu()):
                 raise ValueError(f"the labels in {name} are not those of the training examples")
 

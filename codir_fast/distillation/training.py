@@ -10,6 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from codir_fast.distillation.arguments import say
 from codir_fast.distillation.checkpoint import replaced_files
 from codir_fast.distillation.model_card import write_model_card
+from codir_fast.distillation.processes import telling_of_loss
 from codir_fast.distillation.run_settings import save_settings
 
 
@@ -22,12 +23,13 @@ def train_and_save(
     directory = Path(str(training.output_dir))
     if trainer.is_world_process_zero():
         save_settings(directory, run)
-    result = trainer.train(resume_from_checkpoint=resume)
-    metrics: dict[str, Any] = dict(result.metrics)
-    if trainer.eval_dataset is not None:
-        metrics |= trainer.evaluate()
-    write_model_card(trainer, run, metrics)
-    trainer.save_model()
+    with telling_of_loss(training):
+        result = trainer.train(resume_from_checkpoint=resume)
+        metrics: dict[str, Any] = dict(result.metrics)
+        if trainer.eval_dataset is not None:
+            metrics |= trainer.evaluate()
+        write_model_card(trainer, run, metrics)
+        trainer.save_model()
     if not trainer.is_world_process_zero():
         return
     text = json.dumps(metrics, indent=2) + "\n"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 TREE = "tree"
@@ -27,6 +27,13 @@ def save_tree(tree: Any, path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(tree, "", tensors))
     save_file(tensors, path, metadata={TREE: text})
+
+
+def tree_bytes(tree: Any) -> bytes:
+    """What `save_tree` would write."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_encode(tree, "", tensors))
+    return save(tensors, metadata={TREE: text})
 
 
 def load_tree(path: Path) -> Any:

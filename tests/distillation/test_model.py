@@ -10,7 +10,7 @@ from transformers import BertForSequenceClassification
 
 from codir_fast import DistillationConfig, DistillationModel, pool_hidden_states, reference
 from codir_fast.distillation.config import PRESETS
-from codir_fast.distillation.contrast import Standardization, _Moments
+from codir_fast.distillation.standardization import Standardization, both_moments
 from codir_fast.distillation.student import student_from_teacher
 
 EXAMPLES, BATCH, TOKENS = 12, 6, 8
@@ -438,10 +438,10 @@ def test_features_are_standardised_by_the_teacher_or_by_themselves(student_width
 
 def test_a_feature_that_never_moves_becomes_0():
     config = DistillationConfig(standardize_features=True)
-    part, moments = Standardization(2, config), _Moments()
+    part = Standardization(2, config)
     rows = torch.stack([torch.full((5,), 7.3), torch.arange(5.0)], dim=1)
-    moments.add(rows)
-    part.set(*moments.result())
+    features = [(None, part_of_rows) for part_of_rows in rows.split(2)]
+    part.set(*both_moments(features, (2, 2), None, torch.device("cpu"))[1])
     found = part(rows)
     assert found[:, 0].abs().max() < 1e-5
     torch.testing.assert_close(found[:, 1].std(correction=0), torch.tensor(1.0))

@@ -272,3 +272,51 @@ def quiet(group):
 
 def test_eval_mode_copies_and_repr(on_ranks):
     on_ranks(quiet, 2)
+
+
+def draw(group):
+    """Half of the rows are filled, by rank 0; each rank draws for queries of its own."""
+    rank = dist.get_rank(group)
+    labels = torch.arange(K) % 3
+    bank = make_bank(torch.float32, group)
+    assert bank.is_empty()
+    filled = torch.arange(0, K, 2)[: K if rank == 0 else 0]
+    bank.update(filled, torch.randn(len(filled), D))
+    assert not bank.is_empty()  # also where this rank has no row
+    own = torch.randint(0, 3, (4 * rank,), generator=torch.Generator().manual_seed(rank))
+    drawn = codir_fast.sample_negatives(bank, own, 5)
+    again = codir_fast.sample_negatives(bank, own, 400, replacement=True)
+    for rows in (drawn, again):
+        assert (labels[rows] != own[:, None]).all() and (rows % 2 == 0).all()
+    if len(own):
+        assert all(len(row.unique()) == 5 for row in drawn)
+        reachable = torch.arange(0, K, 2)[(torch.arange(0, K, 2) % 3) != own[0]]
+        assert set(again[0].tolist()) == set(reachable.tolist())
+    with pytest.raises(ValueError, match="`M` must be at most the number of filled rows"):
+        codir_fast.sample_negatives(bank, torch.tensor([0]), K)
+
+
+@RANKS
+def test_negatives_are_drawn_from_the_rows_of_all_ranks(on_ranks, ranks):
+    on_ranks(draw, ranks)
+
+
+def fetch(group):
+    rank = dist.get_rank(group)
+    bank = make_bank(torch.float32, group)
+    keys = torch.nn.functional.normalize(
+        torch.randn(K, D, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    bank.update(torch.arange(K)[: K if rank == 0 else 0], keys[: K if rank == 0 else 0])
+    index = torch.randint(0, K, (7 * rank,), generator=torch.Generator().manual_seed(rank))
+    valid, rows = bank.shard.from_owners("rows", index, bank.valid, bank.rows)
+    assert valid.all() and valid.shape == index.shape
+    assert torch.allclose(rows, keys[index], atol=1e-6)
+    labels, everything = bank.shard.whole("rows", bank.row_labels, bank.rows)
+    assert torch.equal(labels, torch.arange(K) % 3)
+    assert torch.allclose(everything, keys, atol=1e-6)
+
+
+@RANKS
+def test_rows_of_other_ranks_are_fetched(on_ranks, ranks):
+    on_ranks(fetch, ranks)
