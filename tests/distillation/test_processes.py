@@ -46,7 +46,7 @@ def exact(tmp_path_factory):
     BertForMaskedLM(config).save_pretrained(path / "mlm")
     make_masking_tokenizer().save_pretrained(path / "mlm")
     write_examples(path / "train.csv", 48, seed=1)
-    write_examples(path / "many.csv", 240, seed=1)  # more than are grouped by length at once
+    write_examples(path / "many.csv", 900, seed=1)  # more than are sorted by length at once
     write_examples(path / "validation.csv", 21, seed=2)
     write_texts(path / "texts.txt", 48, seed=1)
     lines = (path / "train.csv").read_text().splitlines()
