@@ -40,7 +40,7 @@ class DistillationTrainer(ResumableTrainer):
     Raises:
         ValueError: `model` is no DistillationModel; several processes and a bank without a process
             group; several GPUs in one process.
-        NotImplementedError: label smoothing.
+        NotImplementedError: label smoothing; FSDP or DeepSpeed.
     """
 
     model_class: ClassVar[type[TeacherStudent]] = DistillationModel
@@ -124,6 +124,12 @@ def check_arguments(args: TrainingArguments) -> None:
     """Raises what DistillationTrainer raises for arguments that a distillation can't follow."""
     if args.label_smoothing_factor != 0:
         raise NotImplementedError("`label_smoothing_factor` is not built for distillation yet")
+    for name in ("fsdp", "deepspeed"):
+        if getattr(args, name):
+            raise NotImplementedError(
+                f"`{name}` is not built for distillation: it would spread the bank's rows in its "
+                "own way; torchrun alone trains with DistributedDataParallel"
+            )
     if args.n_gpu > 1:
         raise ValueError(
             "a distillation needs one GPU per process, DataParallel leaves teacher and bank "

@@ -124,7 +124,11 @@ def _check_needs(training: TrainingArguments) -> None:
         ("load_best_model_at_end", evaluates, needs_evaluation),
         ("metric_for_best_model", evaluates, needs_evaluation),
         ("greater_is_better", training.metric_for_best_model, "`metric_for_best_model`"),
-        ("fsdp", training.world_size > 1, "several processes: torchrun"),
+        (
+            "fsdp",
+            training.world_size > 1 and training.device.type != "cpu",
+            "several processes, torchrun, with a GPU each",
+        ),
         ("fsdp_config", training.fsdp, "`fsdp`"),
         ("hub_model_id", training.push_to_hub, "`push_to_hub`"),
         ("dataloader_persistent_workers", training.dataloader_num_workers, "workers"),

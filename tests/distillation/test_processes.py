@@ -21,12 +21,12 @@ from tiny import (
     write_examples,
     write_texts,
 )
-from transformers import BertForMaskedLM, BertForSequenceClassification
+from transformers import BertForMaskedLM, BertForSequenceClassification, TrainingArguments
 
 from codir_fast import DistillationConfig, DistillationModel
 from codir_fast.distillation.checkpoint import checkpoints
 from codir_fast.distillation.student import student_from_teacher
-from codir_fast.distillation.trainer import check_banks
+from codir_fast.distillation.trainer import check_arguments, check_banks
 from codir_fast.distillation.training_state import load_tree
 
 STATE = "distillation_state.safetensors"
@@ -264,12 +264,26 @@ def test_finetuning_on_two_processes_is_that_of_one(exact, ranks, tmp_path):
         assert torch.allclose(value, two[name], rtol=0, atol=1e-5), name
 
 
-def test_what_is_refused_is_refused_by_all(exact, ranks, tmp_path):
-    arguments = distill(exact, tmp_path / "out", 2, train="missing.csv")
-    for code, text in ranks.run(arguments, 2):
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"train": "missing.csv"}, "`train_file` must be an existing file"),
+        ({"fsdp": "full_shard"}, "`fsdp` needs several processes, torchrun, with a GPU each"),
+    ],
+)
+def test_what_is_refused_is_refused_by_all(exact, ranks, tmp_path, given, told):
+    for code, text in ranks.run(distill(exact, tmp_path / "out", 2, **given), 2):
         assert code == 2
-        assert "`train_file` must be an existing file" in text
+        assert told in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_other_ways_to_spread_a_model_are_refused(tmp_path, name):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    setattr(args, name, True)
+    with pytest.raises(NotImplementedError, match=f"`{name}` is not built for distillation"):
+        check_arguments(args)
 
 
 def test_a_bank_of_one_process_is_refused_where_several_train():
