@@ -16,7 +16,7 @@ from codir_fast.distillation.checkpoint import (
     last_whole_checkpoint,
     whole_checkpoint,
 )
-from codir_fast.distillation.processes import is_first, wait_for_all
+from codir_fast.distillation.processes import is_first, silence_others, wait_for_all
 from codir_fast.distillation.run_settings import RUN_FILE
 from codir_fast.errors import UsageError
 
@@ -212,6 +212,7 @@ def parse(
         raise UsageError(f"{command}: {error}") from error
     if unknown:
         raise UsageError(f"{command} has no flag {unknown[0]}; {command} --help lists them")
+    silence_others()
     return tuple(filled)
 
 

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging
 
 from codir_fast.distillation.checkpoint import advice
 from codir_fast.errors import LostProcess
@@ -25,6 +27,13 @@ def wait_for_all(training: TrainingArguments) -> None:
 def is_first() -> bool:
     """Whether this process speaks for all."""
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def silence_others() -> None:
+    """Leaves progress bars to the first process."""
+    if not is_first():
+        datasets.disable_progress_bars()
+        logging.disable_progress_bar()
 
 
 @contextmanager
