@@ -2,8 +2,10 @@
 loss scale and random numbers, as safetensors whose header holds the rest as JSON, without pickle.
 """
 
+import copy
 import json
 import random
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -124,20 +126,20 @@ def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """Takes a state_dict() without rounding it to the parameters' dtype, as load_state_dict does.
 
     Raises:
-        ValueError: it is of another kind of optimizer, or holds a tensor of a shape that no state
-            of its parameter has.
+        ValueError: it is of another kind of optimizer, or a parameter's state has other names or
+            shapes than the optimizer gives it. A parameter without a gradient has no state.
     """
     groups, own_groups = (holder["param_groups"] for holder in (state, optimizer.state_dict()))
     if [group.keys() for group in groups] != [group.keys() for group in own_groups]:
         raise ValueError("its optimizer is of another kind")
-    parameters = list(_parameters(optimizer))
-    for number, values in state["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape not in _state_shapes(parameters[number]):
-                raise ValueError(
-                    f"{name} of the optimizer has shape {tuple(value.shape)}, its parameter "
-                    f"{tuple(parameters[number].shape)}"
-                )
+    parameters = {}
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
+        for number, parameter in zip(group["params"], own["params"], strict=True):
+            parameters[number] = parameter
+            if number in state["state"]:  # without a gradient it has none
+                _check_state(state["state"][number], _first_state(optimizer, group, parameter))
+    if not state["state"].keys() <= parameters.keys():
+        raise ValueError("its optimizer keeps something of parameters that there are none of")
     optimizer.load_state_dict(state)
     for number, values in state["state"].items():
         loaded = optimizer.state[parameters[number]]
@@ -150,7 +152,26 @@ def _parameters(optimizer: Any) -> Iterable[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _state_shapes(parameter: Tensor) -> set[torch.Size]:
-    """A number, the parameter's own, and the rows and columns of a factored second moment."""
-    shape = parameter.shape
-    return {torch.Size(), shape, shape[:-1], shape[:-2] + shape[-1:]}
+def _first_state(optimizer: Any, group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """What it keeps of a parameter after a step with the options of `group`, seen on copies."""
+    copied = copy.copy(getattr(optimizer, "optimizer", optimizer))  # accelerate's has it inside
+    twin = torch.zeros_like(parameter)
+    twin.grad = torch.zeros_like(parameter)
+    copied.state, copied.param_groups = defaultdict(dict), [group | {"params": [twin]}]
+    copied.step()
+    return copied.state[twin]
+
+
+def _check_state(values: dict[str, Any], expected: dict[str, Any]) -> None:
+    if values.keys() != expected.keys():
+        raise ValueError(
+            f"its optimizer keeps {sorted(values)} of a parameter, expected {sorted(expected)}"
+        )
+    for name, value in values.items():
+        form, wanted = _form(value), _form(expected[name])
+        if form != wanted:
+            raise ValueError(f"{name} of the optimizer {form}, that of this run {wanted}")
+
+
+def _form(value: Any) -> str:
+    return f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else "is no tensor"

@@ -250,6 +250,34 @@ def test_optimizer_of_another_kind_or_shape_is_refused():
         load_optimizer(optimizer, wrong)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in OPTIMIZERS if kind != "sgd"])
+def test_state_that_lacks_something_is_refused(kind):
+    parameters = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))]
+    optimizer = OPTIMIZERS[kind](parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for number, values in state["state"].items():
+        for name in values:
+            less = {key: value for key, value in values.items() if key != name}
+            for changed in (less, values | {"more": 1}):
+                others = state["state"] | {number: changed}
+                with pytest.raises(ValueError, match="optimizer"):
+                    load_optimizer(OPTIMIZERS[kind](parameters), state | {"state": others})
+    load_optimizer(OPTIMIZERS[kind](parameters), state)
+
+
+def test_parameter_without_a_gradient_has_no_state():
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))]
+    optimizer = OPTIMIZERS["adamw"](parameters)
+    parameters[1].grad = torch.ones(3)
+    optimizer.step()
+    resumed = OPTIMIZERS["adamw"](parameters)
+    load_optimizer(resumed, optimizer.state_dict())
+    assert list(resumed.state_dict()["state"]) == [1]
+
+
 @pytest.mark.parametrize(
     "kind",
     [

@@ -325,6 +325,18 @@ CHANGES = {
         ),
         "exp_avg of the optimizer has shape (2, 2)",
     ),
+    "a moment missing": (
+        tree(STATE, lambda content: content["optimizer"]["state"][0].pop("exp_avg")),
+        "its optimizer keeps ['exp_avg_sq', 'step'] of a parameter, expected ['exp_avg', ",
+    ),
+    "a moment of no parameter": (
+        tree(STATE, lambda content: content["optimizer"]["state"].update({1000: {}})),
+        "its optimizer keeps something of parameters that there are none of",
+    ),
+    "a moment that is a number": (
+        tree(STATE, lambda content: content["optimizer"]["state"][0].update(exp_avg=1.0)),
+        "exp_avg of the optimizer is no tensor, that of this run has shape (",
+    ),
     "no state of the optimizer": (
         tree(STATE, lambda content: content.pop("optimizer")),
         "KeyError('optimizer')",
