@@ -3,9 +3,11 @@
 import base64
 import json
 import pickle
+import re
 import shutil
 import warnings
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy
 import pytest
@@ -22,10 +24,12 @@ from codir_fast import DistillationConfig, DistillationModel
 from codir_fast.cli import main
 from codir_fast.distillation.arguments import TextArguments
 from codir_fast.distillation.data import read_file, select_columns
+from codir_fast.distillation.report import sections
 from codir_fast.distillation.report.bank import bank_statistics, evenly, mean_cosines
 from codir_fast.distillation.report.embeddings import Embeddings, embed, first_two_components
+from codir_fast.distillation.report.page import table
 from codir_fast.distillation.report.pictures import draw_curves, draw_scores, plt
-from codir_fast.distillation.report.runs import read_runs
+from codir_fast.distillation.report.runs import Run, read_runs
 from codir_fast.distillation.report.spaces import draw_cosines, draw_embeddings, label_groups
 from codir_fast.distillation.trainer import STATE_FILE
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
@@ -133,9 +137,9 @@ def test_results_are_those_of_the_runs_and_of_the_test_file(whole, runs, folder,
     row = whole.row("joint")
     head = next(row for row in whole.rows if row[0] == "run")
     named = dict(zip(head[1:], row, strict=True))
-    assert named["parameters (M)"] == f"{size / 1e6:.4g}" and named["steps"] == "6"
-    assert named["validation accuracy"] == f"{accuracy:.4g}"
-    assert named["validation loss"] == f"{loss:.4g}"
+    assert named["parameters (M)"] == f"{size / 1e6:#.4g}" and named["steps"] == "6"
+    assert named["validation accuracy"] == f"{accuracy:#.4g}"
+    assert named["validation loss (nats)"] == f"{loss:#.4g}"
 
     command = ["evaluate", "--test_file", str(folder / "validation.csv"), "--device", "cpu"]
     command += ["--teacher", str(runs / "teacher"), "--model_name_or_path", str(runs / "joint")]
@@ -278,6 +282,43 @@ def test_scores_are_drawn_against_size_and_latency():
     figure = draw_scores(dict(zip("ab", of_regression, strict=True)))
     assert figure.axes[0].get_ylabel() == "pearson"
     plt.close(figure)
+
+
+def test_run_has_one_colour_on_the_page(runs, monkeypatch):
+    figures = []
+    monkeypatch.setattr(sections, "figure", lambda picture, caption: figures.append(picture) or "")
+    found = read_runs([str(runs / name) for name in ("joint", "kd")])
+    result = {"accuracy": 0.5, "n": 9, "parameters": 1, "milliseconds_per_sentence": 1.0}
+    sections.results_section(found, {"teacher": result, "joint": result, "kd": result}, "")
+    sections.curves_section(found)
+    scores, terms, evaluations = figures
+    points = {c.get_label(): c.lines[0].get_color() for c in scores.axes[0].containers}
+    assert len(set(points.values())) == len(points) == 3
+    for figure in (terms, evaluations):
+        lines = {line.get_label(): line.get_color() for line in figure.axes[0].get_lines()}
+        assert lines == {name: points[name] for name in ("joint", "kd")}
+    titles = [axis.get_title() for axis in evaluations.axes]
+    assert titles == ["validation accuracy", "validation loss (nats)"]
+    for figure in figures:
+        plt.close(figure)
+
+
+def test_loss_has_a_unit_where_it_is_known():
+    def head(**metrics):
+        run = Run("a", Path("a"), [], None, metrics, None)
+        return re.findall("validation ([^<]*)<", sections.results_section([run], {}, "")[0])
+
+    assert head(loss=1.0, accuracy=0.5) == ["loss (nats)", "accuracy"]
+    assert head(loss=1.0, perplexity=2.7) == ["loss (nats)", "perplexity"]
+    assert head(loss=1.0, mse=1.0) == ["loss", "mse"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.837, "0.8370"), (1.0, "1.000"), (1234.0, "1234"), (0.0, "0.000"), (7, "7"), (None, "")],
+)
+def test_numbers_have_four_digits(value, shown):
+    assert f"<td>{shown}</td>" in table(["name", "value"], {"a": [value]})
 
 
 def test_same_folder_names_are_told_apart_by_their_paths(runs, tmp_path):

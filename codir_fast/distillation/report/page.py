@@ -99,7 +99,8 @@ def _row(cell: str, *texts: str, group: str) -> str:
 def _text(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    # With # the zeros at the end stay: a column's numbers have the same digits.
+    return f"{value:#.4g}".removesuffix(".") if isinstance(value, float) else str(value)
 
 
 def folded(summary: str, content: str) -> str:

@@ -44,7 +44,9 @@ def plot_accuracy(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     save(draw_scores(results), path)
 
 
-def draw_curves(runs: Mapping[str, Run], names: Sequence[str]) -> Any:
+def draw_curves(
+    runs: Mapping[str, Run], names: Sequence[str], titles: Mapping[str, str] = TERMS
+) -> Any:
     """Values of the log over optimizer steps: a panel for each name that a run has, a line for each
     run.
     """
@@ -58,7 +60,7 @@ def draw_curves(runs: Mapping[str, Run], names: Sequence[str]) -> Any:
                 marker = "." if len(points) < 30 else None
                 look = {"color": colour, "linestyle": style, "marker": marker}
                 axis.plot(*zip(*points, strict=True), label=shown(title), **look)
-        axis.set(title=TERMS.get(name, shown(name.removeprefix("eval_"))), xlabel="optimizer step")
+        axis.set(title=titles.get(name, shown(name)), xlabel="optimizer step")
     add_legend(figure, axes)
     return figure
 
@@ -81,7 +83,7 @@ def draw_scores(results: Mapping[str, Mapping[str, Any]]) -> Any:
             look = {"fmt": marker, "color": colour, "capsize": 3, "label": shown(run)}
             axis.errorbar(result[name] * unit, value, yerr=error, **look)
         axis.set(xlabel=title, ylabel=score)
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.05 * axis.get_xlim()[1])
     add_legend(figure, axes)
     return figure
 

@@ -7,7 +7,7 @@ from typing import Any
 from codir_fast.distillation.report.bank import BankStatistics
 from codir_fast.distillation.report.embeddings import Embeddings
 from codir_fast.distillation.report.page import figure, folded, missing, paragraph, table
-from codir_fast.distillation.report.pictures import TERMS, draw_curves, draw_scores
+from codir_fast.distillation.report.pictures import TERMS, draw_curves, draw_scores, shown
 from codir_fast.distillation.report.runs import Run
 from codir_fast.distillation.report.spaces import draw_cosines, draw_embeddings
 from codir_fast.distillation.run_settings import RUN_FILE
@@ -42,7 +42,7 @@ def results_section(
         ]
         for run in runs
     }
-    head = ["run", "parameters (M)", "steps", *(f"validation {name}" for name in names)]
+    head = ["run", "parameters (M)", "steps", *(_validation(name, runs) for name in names)]
     parts = [table(head, rows)]
     if not measured:
         return [*parts, missing(f"Accuracy against size and latency needs {needs}.")]
@@ -57,12 +57,21 @@ def results_section(
         "Models on the test file. Bars are one standard error of the accuracy. Latency is of the "
         "forward pass in batches of like lengths, the fastest of three passes."
     )
+    # So that each run has the colour of its curves.
+    runs_first = {run.name: measured[run.name] for run in runs if run.name in measured}
     return [
         *parts,
         paragraph("On the test file, measured for this page:"),
         table(head, rows),
-        figure(draw_scores(measured), caption),
+        figure(draw_scores({**runs_first, **measured}), caption),
     ]
+
+
+def _validation(name: str, runs: Sequence[Run]) -> str:
+    """Title of what an evaluation gave: the loss of classes and of tokens is in nats."""
+    with_it = [run.metrics for run in runs if name in run.metrics]
+    in_nats = all("accuracy" in metrics or "perplexity" in metrics for metrics in with_it)
+    return f"validation {name} (nats)" if name == "loss" and in_nats else f"validation {name}"
 
 
 def _millions(parameters: int | None) -> float | None:
@@ -119,15 +128,23 @@ def _differ(name: str, values: Sequence[str]) -> bool:
 def curves_section(runs: Sequence[Run]) -> list[str]:
     """The loss and each of its terms, and what evaluations gave, over the steps."""
     named = {run.name: run for run in runs}
+    evaluated = {name for run in runs for name in run.evaluated}
+    titles = TERMS | {
+        name: shown(_validation(name.removeprefix("eval_"), runs)) for name in evaluated
+    }
     parts = []
     for kind, caption in (
-        ("terms", "The loss and its terms, each without its weight, over optimizer steps."),
+        (
+            "terms",
+            "The loss and its terms, each without its weight; a point is the mean of the steps "
+            "since the one before. CoDIR rises from 0 while an empty bank fills.",
+        ),
         ("evaluated", "Evaluations of the runs, on their validation examples."),
     ):
         names = dict.fromkeys(name for run in runs for name in getattr(run, kind))
         names = dict.fromkeys([name for name in TERMS if name in names]) | names
         if names:
-            parts.append(figure(draw_curves(named, list(names)), caption))
+            parts.append(figure(draw_curves(named, list(names), titles), caption))
         else:
             what = "The loss needs --logging_steps" if kind == "terms" else "They need evaluations"
             parts.append(missing(f"{what} smaller than the run: its log has none."))
