@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from codir_fast.errors import LostProcess, SaveError, UsageError
@@ -29,6 +31,8 @@ NEEDS = {
     "codir_fast.benchmarks": (("matplotlib", "tqdm"), "bench"),
 }
 
+TRACEBACK = "CODIR_FAST_TRACEBACK"
+
 USAGE = "\n".join(
     [
         "usage: codir-fast COMMAND [--flag value ...]",
@@ -37,6 +41,7 @@ USAGE = "\n".join(
         *(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()),
         "",
         "codir-fast COMMAND --help lists the flags; codir-fast --version prints the version.",
+        f"An error is one line; with {TRACEBACK}=1 in the environment its traceback comes first.",
     ]
 )
 
@@ -55,11 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments[0], arguments[1:])
     except (UsageError, NotImplementedError) as error:
-        print(f"codir-fast: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        return _failed(error, 2)
     except (SaveError, LostProcess) as error:
-        print(f"codir-fast: error: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return _failed(error, 1)
 
 
 def _run(command: str, arguments: list[str]) -> int:
@@ -75,5 +78,9 @@ def _run(command: str, arguments: list[str]) -> int:
     return importlib.import_module(module).run(arguments)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _failed(error: Exception, code: int) -> int:
+    """Says in one line what is wrong; before it, where, for those who look for a mistake in us."""
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        traceback.print_exception(error)
+    print(f"codir-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

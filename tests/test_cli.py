@@ -26,6 +26,18 @@ def test_unknown_command_is_one_line(capsys):
     assert "got 'destill'" in error
 
 
+def test_traceback_is_shown_where_it_is_wanted(monkeypatch, capsys):
+    arguments = ["doctor", "--jsn"]
+    monkeypatch.setenv("CODIR_FAST_TRACEBACK", "1")
+    assert main(arguments) == 2
+    *before, last = capsys.readouterr().err.splitlines()
+    assert before[0].startswith("Traceback") and any("doctor.py" in line for line in before)
+    assert last.startswith("codir-fast: error: doctor has no flag")
+    monkeypatch.setenv("CODIR_FAST_TRACEBACK", "0")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"{last}\n"
+
+
 def test_doctor_refuses_an_unknown_flag_in_one_line(capsys):
     assert main(["doctor", "--jsn"]) == 2
     assert capsys.readouterr().err.startswith("codir-fast: error: doctor has no flag --jsn")
