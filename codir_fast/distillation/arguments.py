@@ -255,16 +255,21 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
     directory = Path(training.output_dir)
     if training.should_save:  # one process of several
         _check_writable(directory)
-    # Settings alone are of a run that ended before its first checkpoint: nothing is lost.
-    used = directory.is_dir() and any(
-        not is_leftover(path) and path.name != RUN_FILE for path in directory.iterdir()
-    )
+    used = directory.is_dir() and not all(map(_is_of_a_start, directory.iterdir()))
     if used and not (output.overwrite_output_dir or training.resume_from_checkpoint):
         raise UsageError(
             f"`output_dir` must be empty, {directory} is not; give --overwrite_output_dir to write "
             "into it or --resume_from_checkpoint to go on"
         )
     wait_for_all(training)  # else another process may see what the first one writes next
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a run that ended before its first checkpoint left this: nothing is lost with it."""
+    if path.name == "runs" and path.is_dir():  # the log for TensorBoard
+        files = [file for file in path.rglob("*") if not file.is_dir()]
+        return all(file.name.startswith("events.out.tfevents.") for file in files)
+    return is_leftover(path) or path.name == RUN_FILE
 
 
 def _check_writable(directory: Path) -> None:

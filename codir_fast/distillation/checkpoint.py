@@ -135,8 +135,9 @@ def last_whole_checkpoint(output_dir: Path, say: Callable[[str], None]) -> Path:
         for line in damaged:
             say(f"{line}; resuming from {path.name}")
         return path
+    advice = damaged or ["leave it out to start anew"]
     raise UsageError(
-        "; ".join([f"`resume_from_checkpoint` found no checkpoint in {output_dir}", *damaged])
+        "; ".join([f"`resume_from_checkpoint` found no checkpoint in {output_dir}", *advice])
     )
 
 

@@ -53,8 +53,6 @@ class Runner:
         ]
         if checkpoints(output):
             arguments += ["--resume_from_checkpoint", "True"]
-        elif output.exists():
-            arguments += ["--overwrite_output_dir"]
         process = self.context.Process(
             target=killed.run, args=(arguments, str(output), last, str(report))
         )
@@ -131,4 +129,16 @@ def test_run_killed_at_any_time(runner, tmp_path, point):
         assert process.exitcode == -signal.SIGKILL, report.read_text()
         seconds += draw.random() * runner.seconds
     assert process.exitcode == 0
+    assert_same_end(output, runner)
+
+
+@pytest.mark.parametrize("last", [2, 5, 9])
+def test_run_killed_before_its_first_checkpoint_starts_anew(runner, tmp_path, last):
+    """Without a flag: settings and unfinished files are no work that could be lost."""
+    output = tmp_path / "run"
+    process, _ = runner.start(output, last)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not checkpoints(output)
+    runner.run_to_end(output)
     assert_same_end(output, runner)

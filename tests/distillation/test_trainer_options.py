@@ -12,6 +12,7 @@ from test_trainer import assert_same_state, make_trainer
 
 from codir_fast import DistillationConfig
 from codir_fast.cli import main
+from codir_fast.distillation.trainer import DistillationTrainer
 
 FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
 TERMS = ("loss", "ce", "kd", "codir", "pkd")
@@ -265,3 +266,50 @@ def test_batches_are_of_like_lengths_by_default(folder, tmp_path, monkeypatch):
     grouped = padding("grouped")
     scattered = padding("random", "--train_sampling_strategy", "random")
     assert grouped < 0.7 * scattered
+
+
+def test_run_that_ended_before_its_first_checkpoint_starts_anew(folder, tmp_path, capsys):
+    """Its log for TensorBoard is no work that could be lost; anything else is."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    output = tmp_path / "out"
+    flags = ["--report_to", "tensorboard", "--logging_steps", "1"]
+    ended = ["--save_strategy", "steps", "--save_steps", "1"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DistillationTrainer, "_save_checkpoint", _interrupt)
+        run("distill", folder, output, *flags, *ended)
+    assert sorted(path.name for path in output.iterdir()) == ["run.json", "runs"]
+    (output / ".checkpoint-1.unfinished").mkdir()
+
+    assert run("distill", folder, output, "--resume_from_checkpoint", "True") == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "`resume_from_checkpoint` found no checkpoint in" in told
+    assert told.endswith("; leave it out to start anew")
+
+    (output / "runs" / "notes.txt").write_text("mine")
+    assert run("distill", folder, output, *flags) == 2
+    assert "`output_dir` must be empty" in capsys.readouterr().err
+    (output / "runs" / "notes.txt").unlink()
+    assert run("distill", folder, output, *flags) == 0
+    assert (output / "model.safetensors").is_file()
+
+
+def _interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_mistake_of_the_program_can_be_found(folder, tmp_path, capsys, monkeypatch):
+    """What looks like bad input is one line, and where it is wanted its traceback comes first."""
+
+    def broken(*args, **kwargs):
+        raise ValueError("x must be positive")
+
+    monkeypatch.setattr("codir_fast.distillation.distill.DistillationTrainer", broken)
+    assert run("distill", folder, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].endswith("codir-fast: error: distill: x must be positive")
+    monkeypatch.setenv("CODIR_FAST_TRACEBACK", "1")
+    assert run("distill", folder, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "in broken\n" in error and "ValueError: x must be positive" in error
+    assert error.splitlines()[-1] == "codir-fast: error: distill: x must be positive"
