@@ -64,9 +64,12 @@ def first_examples(train: Dataset, data: SourceArguments) -> Dataset:
 
 
 def check_evaluation(training: TrainingArguments, validation: Dataset | None) -> None:
+    if validation is not None:
+        return
     strategy = IntervalStrategy(training.eval_strategy)
-    wanted = "`eval_on_start`" if training.eval_on_start else f"`eval_strategy` {strategy.value}"
-    if validation is None and (strategy != IntervalStrategy.NO or training.eval_on_start):
+    wanted = f"`eval_strategy` {strategy.value}" if strategy != IntervalStrategy.NO else "`do_eval`"
+    wanted = "`eval_on_start`" if training.eval_on_start else wanted
+    if training.do_eval or training.eval_on_start:  # do_eval is on with any strategy
         raise UsageError(f"{wanted} needs `validation_file` or `validation_split`")
 
 

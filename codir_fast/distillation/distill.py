@@ -98,7 +98,7 @@ def read_flags(arguments: list[str]) -> tuple[Any, ...]:
     )
     data.check_training()
     stopping.check(training)
-    check_training_arguments(training)
+    check_training_arguments(training, args.given_flags(arguments))
     with args.usage_errors("distill"):
         check_arguments(training)
     return models, config, data, stopping, output, training

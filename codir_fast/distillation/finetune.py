@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
     )
     data.check_training()
     stopping.check(training)
-    check_training_arguments(training)
+    check_training_arguments(training, args.given_flags(arguments))
     args.check_output(training, output)
     resume = args.checkpoint_to_resume(training)
 

@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
     )
     data.check_training()
     data.check_stream(training)
-    check_training_arguments(training)
+    check_training_arguments(training, args.given_flags(arguments), has_metrics=False)
     check_best_metric(training, ("loss", "perplexity"))
     stopping.check(training)
     with args.usage_errors("pretrain"):

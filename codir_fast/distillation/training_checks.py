@@ -3,7 +3,7 @@ before a model is loaded or anything is written.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from transformers.integrations import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
-from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
+from codir_fast.distillation.ignored_flags import check_ignored_flags
 from codir_fast.distillation.metrics import metric_names
 from codir_fast.distillation.objectives import is_regression
 from codir_fast.errors import UsageError
@@ -54,27 +54,33 @@ REFUSED = {
     "do_predict": "there is nothing to predict on; codir-fast evaluate does that",
     "deepspeed": "checkpoints in pieces are not built",
     "use_liger_kernel": "its kernels are for language models",
+    "debug": "underflow_overflow fails on masks, tpu_metrics_debug is for TPUs",
+    "use_cache": "nothing is generated here",
+    "include_for_metrics": "no metric here looks at more than outputs and labels",
     "bf16_full_eval": "the saved model would be of that precision too",
     "fp16_full_eval": "the saved model would be of that precision too",
 }
 # Optimizers that are made for one model: without it only the package can be looked for.
 OF_A_MODEL = ("galore", "apollo", "lomo", "adalomo")
+# Settings of some optimizers, and a value that none has.
+OF_OPTIMIZERS = {"optim_args": None, "adam_beta1": -1.0, "adam_beta2": -1.0, "adam_epsilon": -1.0}
 
 
-def check_training_arguments(training: TrainingArguments) -> None:
-    """Raises UsageError for what DistillationTrainer and Trainer can't follow."""
+def check_training_arguments(
+    training: TrainingArguments, given: Mapping[str, str], *, has_metrics: bool = True
+) -> None:
+    """Raises UsageError for what DistillationTrainer and Trainer can't follow, or would ignore; see
+    check_ignored_flags.
+    """
     _check_numbers(training)
     for name, reason in REFUSED.items():
         if getattr(training, name):
             raise UsageError(f"`{name}` can't be used: {reason}")
-    unknown = set(training.include_for_metrics) - {"inputs", "loss"}
-    if unknown:
-        raise UsageError(f"`include_for_metrics` must be inputs or loss, got {sorted(unknown)}")
     _check_trackers(training)
-    _check_needs(training)
+    check_ignored_flags(training, given, has_metrics=has_metrics)
     for name, attempt in _attempts(training).items():
         _try(name, getattr(training, name), attempt)
-    _check_optimizer_arguments(training)
+    _check_optimizer_arguments(training, given)
 
 
 def check_task_arguments(training: TrainingArguments, config: PretrainedConfig) -> None:
@@ -113,34 +119,6 @@ def _check_trackers(training: TrainingArguments) -> None:
             raise UsageError(f"`report_to` must be none, all or of {known}, got {name!r}")
         if name not in (*get_available_reporting_integrations(), "flyte"):  # it is never listed
             raise UsageError(f"`report_to` {name} needs the package of that name; pip install it")
-
-
-def _check_needs(training: TrainingArguments) -> None:
-    """Flags that would be ignored without another one."""
-    evaluates = training.eval_strategy != IntervalStrategy.NO
-    needs_evaluation = "`eval_strategy` epoch or steps, and examples to evaluate on"
-    for name, is_met, needed in (
-        ("eval_steps", training.eval_strategy == IntervalStrategy.STEPS, "`eval_strategy` steps"),
-        ("load_best_model_at_end", evaluates, needs_evaluation),
-        ("metric_for_best_model", evaluates, needs_evaluation),
-        ("greater_is_better", training.metric_for_best_model, "`metric_for_best_model`"),
-        (
-            "fsdp",
-            training.world_size > 1 and training.device.type != "cpu",
-            "several processes, torchrun, with a GPU each",
-        ),
-        ("fsdp_config", training.fsdp, "`fsdp`"),
-        ("hub_model_id", training.push_to_hub, "`push_to_hub`"),
-        ("dataloader_persistent_workers", training.dataloader_num_workers, "workers"),
-        (
-            "activation_checkpointing_kwargs",
-            training.activation_checkpointing,
-            "`activation_checkpointing`",
-        ),
-    ):
-        given = getattr(training, name)
-        if given is not None and given is not False and not is_met:
-            raise UsageError(f"`{name}` needs {needed}")
 
 
 def _attempts(training: TrainingArguments) -> dict[str, Callable[[], Any]]:
@@ -206,15 +184,18 @@ def _is_of_a_model(training: TrainingArguments) -> bool:
     return OptimizerNames(training.optim).value.startswith(OF_A_MODEL)
 
 
-def _check_optimizer_arguments(training: TrainingArguments) -> None:
-    """`optim_args` that `optim` does not look at."""
-    if training.optim_args is None or _is_of_a_model(training):
+def _check_optimizer_arguments(training: TrainingArguments, given: Mapping[str, str]) -> None:
+    """Settings that `optim` does not look at."""
+    if _is_of_a_model(training):
         return
-    without = copy.copy(training)
-    without.optim_args = None
-    both = [Trainer.get_optimizer_cls_and_kwargs(given, None) for given in (training, without)]
-    if both[0] == both[1]:
-        raise UsageError(
-            f"`optim_args` {training.optim_args} is nothing that `optim` "
-            f"{OptimizerNames(training.optim).value} looks at"
-        )
+    for name, other in OF_OPTIMIZERS.items():
+        if name not in given:
+            continue
+        changed = copy.copy(training)
+        setattr(changed, name, other)
+        both = [Trainer.get_optimizer_cls_and_kwargs(each, None) for each in (training, changed)]
+        if both[0] == both[1]:
+            raise UsageError(
+                f"`{name}` {getattr(training, name)} is nothing that `optim` "
+                f"{OptimizerNames(training.optim).value} looks at"
+            )

@@ -195,10 +195,6 @@ TRAINING = {
     ),
     "unknown tracker": ({"--report_to": "diary"}, "`report_to`"),
     "tracker that is not installed": ({"--report_to": "swanlab"}, "`report_to`"),
-    "unknown inputs for metrics": (
-        {"--include_for_metrics": "outputs"},
-        "`include_for_metrics` must be inputs or loss, got ['outputs']",
-    ),
     "other labels": ({"--label_names": "y"}, "`label_names` can't be used"),
     "prediction": ({"--do_predict": "True"}, "`do_predict` can't be used"),
     "deepspeed": ({"--deepspeed": "zero.json"}, "deepspeed"),
@@ -274,6 +270,138 @@ TRAINING = {
     ),
 }
 
+# Flags of TrainingArguments that have no effect, for finetune and distill.
+IGNORED = {
+    "no training": ({"--do_train": "False"}, "`do_train` False can't be used: the command trains"),
+    "no training, in short": ({"--do-train": "0"}, "`do_train` False can't be used"),
+    "no evaluation": (
+        VALIDATION | {"--do_eval": "False"},
+        "`do_eval` False can't be used: a run evaluates where",
+    ),
+    "no evaluation of a split": (
+        {"--validation_split": "0.5", "--do_eval": "no", "--eval_strategy": "no"},
+        "`do_eval` False can't be used: a run evaluates where",
+    ),
+    "evaluation on nothing": (
+        {"--do_eval": "True"},
+        "`do_eval` needs `validation_file` or `validation_split`",
+    ),
+    "state of callbacks": (
+        {"--restore_callback_states_from_checkpoint": "False"},
+        "`restore_callback_states_from_checkpoint` False can't be used",
+    ),
+    "column of lengths": (
+        {"--length_column_name": "tokens"},
+        "`length_column_name` can't be used",
+    ),
+    "cache of a decoder": ({"--use_cache": "True"}, "`use_cache` can't be used"),
+    "inputs for metrics": ({"--include_for_metrics": "inputs"}, "`include_for_metrics` can't be"),
+    "late evaluation": ({"--eval_delay": "2"}, "`eval_delay` needs `eval_strategy` epoch or steps"),
+    "loss of no evaluation": (
+        {"--prediction_loss_only": "True"},
+        "`prediction_loss_only` needs `validation_file` or `validation_split`",
+    ),
+    "pieces of no evaluation": (
+        {"--eval_accumulation_steps": "2"},
+        "`eval_accumulation_steps` needs `validation_file`",
+    ),
+    "batches of no evaluation": (
+        {"--eval_do_concat_batches": "False"},
+        "`eval_do_concat_batches` needs `validation_file`",
+    ),
+    "no evaluation by batches": (
+        {"--batch_eval_metrics": "True"},
+        "`batch_eval_metrics` needs `validation_file`",
+    ),
+    "save steps with epochs": ({"--save_steps": "5"}, "`save_steps` needs `save_strategy` steps"),
+    "default save steps with epochs": (
+        {"--save_steps": "500"},
+        "`save_steps` needs `save_strategy` steps",
+    ),
+    "number of no checkpoints": (
+        {"--save_strategy": "no", "--save_total_limit": "3"},
+        "`save_total_limit` needs a `save_strategy` other than no",
+    ),
+    "weights of no checkpoints": (
+        {"--save_strategy": "no", "--save_only_model": "True"},
+        "`save_only_model` needs a `save_strategy` other than no",
+    ),
+    "log steps with epochs": (
+        {"--logging_strategy": "epoch", "--logging_steps": "5"},
+        "`logging_steps` needs `logging_strategy` steps",
+    ),
+    "name of no tracker": ({"--run_name": "x"}, "`run_name` needs `report_to` with one of wandb"),
+    "project of no tracker": ({"--project": "x"}, "`project` needs `report_to` trackio"),
+    "warm-up of a constant": (
+        {"--warmup_steps": "3", "--lr_scheduler_type": "constant"},
+        "`warmup_steps` needs another `lr_scheduler_type` than constant",
+    ),
+    "settings of a constant": (
+        {"--lr_scheduler_kwargs": '{"a": 1}', "--lr_scheduler_type": "constant_with_warmup"},
+        "`lr_scheduler_kwargs` needs another `lr_scheduler_type` than constant_with_warmup",
+    ),
+    "modules of an optimizer": (
+        {"--optim_target_modules": "all-linear"},
+        "`optim_target_modules` needs an `optim` of galore or apollo",
+    ),
+    "seed of a fixed order": (
+        {"--data_seed": "1", "--train_sampling_strategy": "sequential"},
+        "`data_seed` needs an order that it draws",
+    ),
+    "memory of no accelerator": (
+        {"--torch_empty_cache_steps": "2"},
+        "`torch_empty_cache_steps` needs an accelerator",
+    ),
+    "metrics of a TPU": ({"--debug": "tpu_metrics_debug"}, "`debug` can't be used"),
+    "search for overflow": ({"--debug": "underflow_overflow"}, "`debug` can't be used"),
+    "start of no workers": (
+        {"--dataloader_multiprocessing_context": "spawn"},
+        "`dataloader_multiprocessing_context` needs workers",
+    ),
+    "order of no workers": (
+        {"--dataloader_in_order": "False"},
+        "`dataloader_in_order` needs workers",
+    ),
+    **{
+        f"{name} of sgd": (
+            {"--optim": "sgd", f"--adam_{name}": value},
+            f"`adam_{name}` {value} is nothing that `optim` sgd looks at",
+        )
+        for name, value in (("beta1", "0.5"), ("beta2", "0.5"), ("epsilon", "0.001"))
+    },
+    **{
+        f"{name} without a push": ({f"--hub_{name}": value}, f"`hub_{name}` needs `push_to_hub`")
+        for name, value in (
+            ("token", "x"),
+            ("private_repo", "True"),
+            ("strategy", "end"),
+            ("always_push", "True"),
+            ("revision", "main"),
+        )
+    },
+    **{
+        f"{name} without trackio": (
+            {f"--trackio_{name}_id": "x"},
+            f"`trackio_{name}_id` needs `report_to` trackio",
+        )
+        for name in ("space", "bucket", "static_space")
+    },
+    **{
+        f"{name} of one process": ({f"--{name}": value}, f"`{name}` needs several processes")
+        for name, value in (
+            ("ddp_find_unused_parameters", "False"),
+            ("ddp_bucket_cap_mb", "10"),
+            ("ddp_broadcast_buffers", "True"),
+            ("ddp_static_graph", "True"),
+            ("ddp_timeout", "100"),
+            ("average_tokens_across_devices", "False"),
+            ("eval_use_gather_object", "True"),
+            ("log_level_replica", "error"),
+            ("log_on_each_node", "False"),
+            ("save_on_each_node", "True"),
+        )
+    },
+}
 # Flags of the data, for finetune and distill.
 DATA = {
     "no train file": ({"--train_file": None}, "exactly one of `train_file` and `dataset_name`"),
@@ -528,8 +656,8 @@ EVALUATE = {
 CASES = {
     f"{command}, {name}": (command, changes, message)
     for command, cases in (
-        ("finetune", TRAINING | DATA | FINETUNE),
-        ("distill", TRAINING | DATA | DISTILL),
+        ("finetune", TRAINING | IGNORED | DATA | FINETUNE),
+        ("distill", TRAINING | IGNORED | DATA | DISTILL),
         ("evaluate", EVALUATE),
     )
     for name, (changes, message) in cases.items()
@@ -697,3 +825,27 @@ def test_byte_order_mark_and_unicode_are_read(folder, tmp_path):
     arguments = ["--model_name_or_path", str(folder / "teacher"), "--use_cpu"]
     files = ["--train_file", str(tmp_path / "bom.csv"), "--output_dir", str(tmp_path / "out")]
     assert main(["finetune", *arguments, *files, "--max_steps", "1"]) == 0
+
+
+def test_flags_that_have_an_effect_are_taken(folder, tmp_path):
+    """Each of them is refused where what it needs is not there."""
+    arguments = ["--model_name_or_path", str(folder / "teacher"), "--use_cpu"]
+    files = ["--train_file", str(folder / "train.csv"), "--output_dir", str(tmp_path / "out")]
+    files += ["--validation_file", str(folder / "validation.csv")]
+    flags = {
+        **{"do_train": "True", "do_eval": "True", "max_steps": "4"},
+        **{"eval_strategy": "steps", "eval_steps": "2", "eval_delay": "3"},
+        **{"eval_accumulation_steps": "1", "eval_do_concat_batches": "False"},
+        **{"batch_eval_metrics": "True", "prediction_loss_only": "False"},
+        **{"save_strategy": "steps", "save_steps": "2", "save_total_limit": "1"},
+        **{"save_only_model": "True", "logging_strategy": "steps", "logging_steps": "1"},
+        **{"warmup_steps": "2", "adam_beta1": "0.8", "adam_epsilon": "1e-7", "data_seed": "5"},
+        **{"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"num_cycles": 1}'},
+        **{"per_device_eval_batch_size": "5", "metric_for_best_model": "accuracy"},
+        **{"greater_is_better": "True"},
+    }
+    given = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    assert main(["finetune", *arguments, *files, *given, "--average_tokens_across_devices"]) == 0
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "eval_accuracy" in row] == [4, 4]

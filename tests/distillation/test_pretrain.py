@@ -246,6 +246,15 @@ ERRORS = {
         {"--streaming": True, "--max_steps": 3, "--train_file": "FOLDER/blank.txt"},
         "`train_file` holds no text",
     ),
+    "seed of a stream": (
+        {"--streaming": True, "--max_steps": 3, "--data_seed": 1},
+        "`data_seed` needs an order that it draws",
+    ),
+    "pieces of outputs": (
+        {"--validation_file": "FOLDER/texts.txt", "--eval_accumulation_steps": 2},
+        "`eval_accumulation_steps` needs metrics of the outputs",
+    ),
+    "no training": ({"--do_train": "False"}, "`do_train` False can't be used"),
     "stream of nothing": (
         {"--streaming": True, "--max_steps": 3, "--train_file": "FOLDER/empty.txt"},
         "`train_file` holds no text",
