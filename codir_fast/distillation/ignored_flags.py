@@ -166,7 +166,6 @@ def _of_processes(training: TrainingArguments) -> Iterator[Condition]:
         is_launched,
         "several processes: torchrun",
     )
-    yield ("ddp_timeout",), not training.use_cpu, "GPUs: with `use_cpu` it is not looked at"
     yield (
         (
             "dataloader_persistent_workers",
