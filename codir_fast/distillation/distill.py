@@ -56,8 +56,8 @@ class DistillArguments:
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "Start from a set of settings: paper, official (the released code's), or "
-            "fidelity; flags that are given come first."
+            "help": "Start from a set of settings: paper, official (the released code's), nce_all "
+            "(that against all rows) or fidelity; flags that are given come first."
         },
     )
     cache_teacher: bool = field(

@@ -110,6 +110,7 @@ def run(arguments: list[str]) -> int:
     study = read_study(options.config)
     _check_names("regimes", options.regimes, study.regimes)
     _check_names("arms", options.arms, study.arms)
+    _check_names("reference", [options.reference or study.reference], study.arms)
     tasks = _trials(study) if options.trials else _runs(study, options.regimes or study.regimes)
     wanted = [task for task in tasks if not options.arms or task.arm in options.arms]
     output = Path(options.output_dir)
@@ -124,7 +125,7 @@ def run(arguments: list[str]) -> int:
         _run_all(study, missing, output, lines, teacher, options.jobs)
     keys = [task.key(inputs) for task in wanted]
     rows = [row for row in read_lines(lines) if row["key"] in keys]
-    print(write_report(rows, study.reference, output, trials=options.trials))
+    print(write_report(rows, options.reference or study.reference, output, trials=options.trials))
     return 0
 
 
@@ -140,6 +141,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--trials", action="store_true", help="run the trials, not the arms")
     parser.add_argument("--regimes", nargs="+", default=[], help="these alone")
     parser.add_argument("--arms", nargs="+", default=[], help="these alone")
+    parser.add_argument("--reference", help="the arm that differences are taken to, another one")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     options = parser.parse_args(arguments)
     if options.jobs < 1:

@@ -537,7 +537,7 @@ DISTILL = {
     "temperature nan": ({"--temperature": "nan"}, "`temperature` must be positive"),
     "unknown preset": (
         {"--preset": "mine"},
-        "`preset` must be one of ('paper', 'official', 'fidelity')",
+        "`preset` must be one of ('paper', 'official', 'nce_all', 'fidelity')",
     ),
     "unknown objective": ({"--objective": "margin"}, "`objective` must be one of"),
     "unknown positive": ({"--positive": "none"}, "`positive` must be one of"),

@@ -51,6 +51,9 @@ def test_runs_are_made_once_and_reported(study, tmp_path, capsys):
     ]
     assert (out / "differences-few.png").is_file()
     assert [path.name for path in (out / "work").iterdir()] == ["teacher"]
+    assert "Differences to ce_kd" in (out / "table.md").read_text()
+    assert main(command(study, tmp_path, "--reference", "paper")) == 0
+    assert "Differences to paper" in (out / "table.md").read_text()
     table = (out / "table.md").read_text()
     assert table in capsys.readouterr().out and "| paper | 2 |" in table
 
@@ -131,6 +134,7 @@ def test_flags_of_a_study_are_checked(study, tmp_path, capsys):
         (["--jobs", "0"], "`jobs` must be at least 1"),
         (["--regimes", "many"], "`regimes` must be of ['few'], got 'many'"),
         (["--arms", "mine"], "`arms` must be of ['ce_kd', 'paper'], got 'mine'"),
+        (["--reference", "mine"], "`reference` must be of ['ce_kd', 'paper'], got 'mine'"),
         (["--speed"], "unrecognized arguments: --speed"),
     ):
         assert main(command(study, tmp_path, *flags)) == 2
