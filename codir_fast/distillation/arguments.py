@@ -16,7 +16,12 @@ from codir_fast.distillation.checkpoint import (
     last_whole_checkpoint,
     whole_checkpoint,
 )
-from codir_fast.distillation.processes import is_first, silence_others, wait_for_all
+from codir_fast.distillation.processes import (
+    is_first,
+    keep_timeout,
+    silence_others,
+    wait_for_all,
+)
 from codir_fast.distillation.run_settings import RUN_FILE
 from codir_fast.errors import UsageError
 
@@ -261,6 +266,7 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
             f"`output_dir` must be empty, {directory} is not; give --overwrite_output_dir to write "
             "into it or --resume_from_checkpoint to go on"
         )
+    keep_timeout(training)
     wait_for_all(training)  # else another process may see what the first one writes next
 
 

@@ -11,9 +11,10 @@ from codir_fast.ops.masked_pool import MODES
 
 # What --preset sets, for flags that are not given. The paper's form is that of the defaults; the
 # released code (github.com/intersun/CoDIR) reads the first token of every second layer, keeps a
-# bank of either side, draws 100 rows and weighs CE and KD alike. nce_all is its form against all
-# rows of other labels at once, with KD as in the defaults. Fidelity leaves heads and features
-# nothing to satisfy the contrast with, so that the student's layers must come near the teacher's.
+# bank of either side, draws 100 rows and weighs CE and KD alike. nce_all is its form for each layer
+# alone, against all rows of other labels, with KD as in the defaults. Fidelity leaves heads and
+# features nothing to satisfy the contrast with, so that the student's layers must come near the
+# teacher's.
 _OFFICIAL = {
     "layer_mapping": "official",
     "pooling": "first",
@@ -36,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "contrast_layers": "joint",
     },
     "official": _OFFICIAL | {"num_negatives": 100, "ce_weight": 0.5, "kd_weight": 0.5},
-    "nce_all": _OFFICIAL | {"num_negatives": 0},
+    "nce_all": _OFFICIAL | {"num_negatives": 0, "contrast_layers": "each"},
     "fidelity": {
         "contrast_layers": "each",
         "negatives": "all",

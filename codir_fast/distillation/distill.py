@@ -57,7 +57,7 @@ class DistillArguments:
         default=None,
         metadata={
             "help": "Start from a set of settings: paper, official (the released code's), nce_all "
-            "(that against all rows) or fidelity; flags that are given come first."
+            "(that for each layer, against all rows) or fidelity; flags that are given come first."
         },
     )
     cache_teacher: bool = field(

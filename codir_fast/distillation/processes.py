@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -22,6 +23,12 @@ def process_group(training: TrainingArguments) -> Any:
 def wait_for_all(training: TrainingArguments) -> None:
     """Returns once every process has called it."""
     training.distributed_state.wait_for_everyone()
+
+
+def keep_timeout(training: TrainingArguments) -> None:
+    """Makes `ddp_timeout` that of processes on CPUs too, where TrainingArguments leaves it out."""
+    if training.world_size > 1 and training.use_cpu:
+        _set_pg_timeout(training.ddp_timeout_delta, dist.group.WORLD)
 
 
 def is_first() -> bool:

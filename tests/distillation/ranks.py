@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import threading
@@ -30,18 +29,19 @@ class Ranks:
             ]
         )
 
-    def run(self, arguments: list[str], ranks: int, kill: tuple[int, str] | None = None):
+    def run(self, arguments: list[str], ranks: int, ended: tuple[int, int, str] | None = None):
         """Exit code and output of each rank.
 
         Args:
-            kill: a rank that kills itself, and the name of the file whose appearance tells it when.
+            ended: a rank, the signal that it gives itself, and the name of the file whose
+                appearance tells it when. It is killed once the others have ended.
         """
         self.count += 1
         port = free_port()
         reports = [self.path / f"output-{self.count}-{rank}" for rank in range(ranks)]
         processes = []
         for rank, report in enumerate(reports):
-            moment = kill[1] if kill and kill[0] == rank else None
+            moment = ended[1:] if ended and ended[0] == rank else None
             environment = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -56,10 +56,12 @@ class Ranks:
         for process in processes:
             process.start()
         deadline = time.monotonic() + SECONDS
+        for rank, process in enumerate(processes):
+            if not ended or rank != ended[0]:
+                process.join(max(0.0, deadline - time.monotonic()))
         for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
+            process.kill()
+            process.join()
         return [(p.exitcode, r.read_text()) for p, r in zip(processes, reports, strict=True)]
 
     def run_well(self, arguments: list[str], ranks: int) -> list[str]:
@@ -75,7 +77,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def _run(environment: dict[str, str], arguments: list[str], report: str, moment: str | None):
+def _run(
+    environment: dict[str, str], arguments: list[str], report: str, moment: tuple[int, str] | None
+):
     os.environ.update(environment, OMP_NUM_THREADS="1")
     import torch
 
@@ -83,7 +87,7 @@ def _run(environment: dict[str, str], arguments: list[str], report: str, moment:
     with open(report, "w", buffering=1) as sys.stdout:
         sys.stderr = sys.stdout
         if moment:
-            threading.Thread(target=_die_at, args=(moment,), daemon=True).start()
+            threading.Thread(target=_end_at, args=moment, daemon=True).start()
         try:
             code = main(arguments)
         except Exception:
@@ -93,8 +97,8 @@ def _run(environment: dict[str, str], arguments: list[str], report: str, moment:
     os._exit(code)
 
 
-def _die_at(moment: str) -> None:
+def _end_at(with_signal: int, moment: str) -> None:
     while not os.path.exists(moment):
         time.sleep(0.001)
     time.sleep(0.1)  # in the middle of some step
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), with_signal)

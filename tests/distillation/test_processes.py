@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -214,12 +215,16 @@ def test_with_as_many_processes_a_run_goes_on_bit_equal(folder, ranks, tmp_path)
     assert_alike(tmp_path / "unbroken", tmp_path / "again", tolerance=0)
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_goes_on(folder, ranks, tmp_path):
-    given = {"save_strategy": "steps", "save_steps": 4, "max_steps": 400, "ddp_timeout": 20}
+@pytest.mark.parametrize("with_signal", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_ends_or_hangs_ends_the_others(folder, ranks, tmp_path, with_signal):
+    given = {"save_strategy": "steps", "save_steps": 4, "max_steps": 400, "ddp_timeout": 5}
     output = tmp_path / "run"
     moment = str(output / "checkpoint-8")
-    results = ranks.run(distill(folder, output, 2, **given), 2, kill=(1, moment))
-    assert results[1][0] == -signal.SIGKILL
+    start = time.monotonic()
+    ended = (1, with_signal, moment)
+    results = ranks.run(distill(folder, output, 2, **given), 2, ended=ended)
+    assert time.monotonic() - start < 60
+    assert results[1][0] == -signal.SIGKILL  # the one that hung, by the test itself
     assert results[0][0] == 1
     said = results[0][1].splitlines()[-1]
     assert "process 0 of 2 could not talk to all others" in said
