@@ -35,11 +35,13 @@ def interval(differences: list[float]) -> tuple[float, float]:
     return mean(differences), t * stdev(differences) / n**0.5
 
 
-def paired(lines: Iterable[Line], arm: str, reference: str, metric: str) -> list[float]:
-    """Differences arm - reference on the test split, for each seed that both have."""
+def paired(
+    lines: Iterable[Line], arm: str, reference: str, metric: str, split: str = "test"
+) -> list[float]:
+    """Differences arm - reference on a split's texts, for each seed that both have."""
     by_arm: dict[str, dict[int, float]] = defaultdict(dict)
     for line in lines:
-        by_arm[line["arm"]][line["seed"]] = line["test"][metric]
+        by_arm[line["arm"]][line["seed"]] = line[split][metric]
     seeds = sorted(by_arm[arm].keys() & by_arm[reference].keys())
     return [by_arm[arm][seed] - by_arm[reference][seed] for seed in seeds]
 
@@ -51,7 +53,10 @@ def write_report(lines: list[Line], reference: str, output: Path, *, trials: boo
     parts = []
     for regime in dict.fromkeys(line["regime"] for line in lines):
         of_regime = [line for line in lines if line["regime"] == regime]
-        parts.append(f"## {regime}\n\n" + _tables(of_regime, reference))
+        parts += [
+            f"## {regime}, {split} texts\n\n{_tables(of_regime, reference, split)}"
+            for split in ("test", "validation")
+        ]
         if any(line["arm"] != reference for line in of_regime):
             plot_differences(of_regime, reference, output / f"differences-{regime}.png")
     return _write(output / "table.md", "\n".join(parts))
@@ -73,17 +78,17 @@ def _number(value: float, factor: float) -> str:
     return f"{factor * value:.{2 if factor == 100 else 4}f}"
 
 
-def _tables(lines: list[Line], reference: str) -> str:
+def _tables(lines: list[Line], reference: str, split: str) -> str:
     arms = list(dict.fromkeys(line["arm"] for line in lines))
     titles = [title for title, _, _ in METRICS.values()]
     levels, differences = [], []
     for arm in arms:
         own = [line for line in lines if line["arm"] == arm]
-        cells = _mean_cells(own, "test")
+        cells = _mean_cells(own, split)
         seconds = median(line["seconds_per_step"] for line in own)
         levels.append([arm, str(len(own)), *cells, f"{1000 * seconds:.0f}"])
         if arm != reference:
-            differences.append([arm, *_difference_cells(lines, arm, reference)])
+            differences.append([arm, *_difference_cells(lines, arm, reference, split)])
     return (
         _markdown(["arm", "runs", *titles, "ms a step"], levels)
         + f"\nDifferences to {reference}, paired by seed, with 95 % intervals:\n\n"
@@ -91,10 +96,10 @@ def _tables(lines: list[Line], reference: str) -> str:
     )
 
 
-def _difference_cells(lines: list[Line], arm: str, reference: str) -> list[str]:
+def _difference_cells(lines: list[Line], arm: str, reference: str, split: str) -> list[str]:
     cells = []
     for metric, (_, factor, _) in METRICS.items():
-        found = paired(lines, arm, reference, metric)
+        found = paired(lines, arm, reference, metric, split)
         if not found:
             cells.append("")
             continue

@@ -181,12 +181,16 @@ def test_interval_is_students():
 def test_differences_are_paired_by_seed(tmp_path):
     def line(arm, seed, value):
         names = ("accuracy", "agreement", "nll", "nll_calibrated", "kl", "kl_calibrated")
-        score = dict.fromkeys(names, value)
-        return {"arm": arm, "regime": "few", "seed": seed, "test": score, "seconds_per_step": 1}
+        scores = {
+            "test": dict.fromkeys(names, value),
+            "validation": dict.fromkeys(names, 2 * value),
+        }
+        return {"arm": arm, "regime": "few", "seed": seed, "seconds_per_step": 1, **scores}
 
     lines = [line("a", 1, 0.5), line("a", 2, 0.7), line("b", 2, 0.8), line("b", 1, 0.6)]
     lines += [line("b", 3, 0.0)]  # has no partner
     text = write_report(lines, "a", tmp_path, trials=False)
-    row = next(row for row in text.splitlines() if row.startswith("| b | +"))
-    assert "+10.00 ± 0.00" in row and "+0.1000 ± 0.0000" in row
+    rows = [row for row in text.splitlines() if row.startswith("| b | +")]
+    assert "+10.00 ± 0.00" in rows[0] and "+0.1000 ± 0.0000" in rows[0]
+    assert "+20.00 ± 0.00" in rows[1]  # on the validation texts
     assert (tmp_path / "table.md").read_text() == text
