@@ -81,7 +81,7 @@ class CheckpointedTrainer(Trainer):
                 f"{OptimizerNames(self.args.optim).value}; others need --save_strategy no"
             )
         if given is not None and not (
-            given is Adafactor or given.__module__.startswith("torch.optim.")
+            given is Adafactor or f"{given.__module__}.".startswith("torch.optim.")
         ):
             raise UsageError(
                 "the optimizer must be of torch.optim or transformers' Adafactor, whose state a "

@@ -206,6 +206,7 @@ OPTIMIZERS = {
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, centered=True, momentum=0.5),
     "adafactor": lambda p: Adafactor(p, lr=0.1, scale_parameter=False, relative_step=False),
+    "torch's adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
     "first moment": lambda p: Adafactor(p, lr=None, beta1=0.9),
 }
 
@@ -456,6 +457,13 @@ def test_given_optimizer_of_another_library_is_refused(folder, tmp_path):
     given = Own(model.parameters(), lr=0.1)
     with pytest.raises(UsageError, match="must be of torch.optim .* got Own"):
         ResumableTrainer(model.student, arguments, optimizers=(given, None))
+
+
+def test_given_optimizer_of_torch_is_taken(folder, tmp_path):
+    model = make_trainer(folder, tmp_path).model
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, save_strategy="steps")
+    given = torch.optim.Adafactor(model.parameters(), lr=0.1)
+    assert ResumableTrainer(model.student, arguments, optimizers=(given, None)).optimizer is given
 
 
 def test_checkpoint_of_the_model_alone_is_refused(folder, tmp_path):
