@@ -98,6 +98,16 @@ class BankRows(nn.Module):
             count = sum(self.shard.agree(what, self._settings(), count, self.first_row))
         return count == 0
 
+    def of_all_rows(self, what: str, *columns: Tensor) -> list[Tensor]:
+        """Columns of the rows here, as those of all rows; of a sharded bank a step of all ranks."""
+        return list(columns) if self.shard is None else self.shard.whole(what, *columns)
+
+    def entries(self, what: str, index: Tensor, *columns: Tensor) -> list[Tensor]:
+        """What columns of the rows have for rows `index` of the whole bank; likewise."""
+        if self.shard is None:
+            return [column[index] for column in columns]
+        return self.shard.from_owners(what, index, *columns)
+
     def _settings(self) -> Settings:
         """What all ranks must have alike."""
         return (

@@ -79,9 +79,7 @@ def _own_rows(
     check_tensor("labels", labels)
     check_integers("labels", labels, "(B,)", labels.shape[0] if labels.ndim == 1 else 0)
     check_device("labels", labels, bank.rows.device, "the bank")
-    valid, row_labels = bank.valid, bank.row_labels
-    if bank.shard is not None:
-        valid, row_labels = bank.shard.whole("sample_negatives", valid, row_labels)
+    valid, row_labels = bank.of_all_rows("sample_negatives", bank.valid, bank.row_labels)
     filled = valid.nonzero()[:, 0]
     ordered, order = torch.sort(row_labels[filled], stable=True)
     own = labels.to(torch.int64)

@@ -128,9 +128,7 @@ class LayerContrast(nn.Module):
 
     def _draw_filled(self, bank: Bank, B: int) -> Tensor:
         """num_negatives filled rows for each of B queries, with replacement, (B, M)."""
-        valid = bank.valid
-        if bank.shard is not None:
-            (valid,) = bank.shard.whole("drawing of negatives", valid)
+        (valid,) = bank.of_all_rows("drawing of negatives", bank.valid)
         filled = valid.nonzero()[:, 0]
         size = (B, self.config.num_negatives)
         return filled[torch.randint(len(filled), size, device=filled.device)]
@@ -203,20 +201,14 @@ class BankContrast(LayerContrast):
 
     def _has_two_labels(self, bank: IndexedBank) -> bool:
         assert bank.row_labels is not None
-        valid, row_labels = bank.valid, bank.row_labels
-        if bank.shard is not None:
-            valid, row_labels = bank.shard.whole("labels of the bank", valid, row_labels)
+        valid, row_labels = bank.of_all_rows("labels of the bank", bank.valid, bank.row_labels)
         return len(row_labels[valid].unique()) > 1
 
     def _positive(self, bank: IndexedBank, positive: Tensor, examples: Examples) -> Tensor:
         if self.config.positive == "current":
             return positive
-        index = examples["index"]
-        if bank.shard is None:
-            there, rows = bank.valid[index], bank.rows[index]
-        else:
-            columns = (bank.valid, bank.rows)
-            there, rows = bank.shard.from_owners("positives of the bank", index, *columns)
+        columns = (bank.valid, bank.rows)
+        there, rows = bank.entries("positives of the bank", examples["index"], *columns)
         return torch.where(there[:, None], rows.to(positive.dtype), positive)
 
     def _write(self, bank: IndexedBank, keys: Tensor, examples: Examples) -> None:

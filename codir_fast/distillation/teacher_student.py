@@ -188,8 +188,10 @@ class TeacherStudent(nn.Module):
         """Heads and bank: all of state_dict() that is not the student. A bank that ranks share is
         put together: a step of all of them, of which rank 0 alone gets something.
         """
-        state = gather_state(self) or {}
-        return {name: state[name] for name in state if not name.startswith(STUDENT_PREFIX)}
+        if self.distillation_config.codir_weight == 0:
+            return {}
+        state = gather_state(self.contrast) or {}
+        return {f"contrast.{name}": value for name, value in state.items()}
 
     def load_distillation_state(self, state: dict[str, Tensor]) -> None:
         """Takes what `distillation_state` gave, on however many ranks; every name and shape must

@@ -26,16 +26,20 @@ def save_tree(tree: Any, path: Path) -> None:
     Raises:
         TypeError: anything else in it.
     """
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps(_encode(tree, "", tensors))
-    save_file(tensors, path, metadata={TREE: text})
+    tensors, header = _parts(tree)
+    save_file(tensors, path, metadata=header)
 
 
 def tree_bytes(tree: Any) -> bytes:
     """What `save_tree` would write."""
+    tensors, header = _parts(tree)
+    return save(tensors, metadata=header)
+
+
+def _parts(tree: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, and a header that holds the rest."""
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_encode(tree, "", tensors))
-    return save(tensors, metadata={TREE: text})
+    return tensors, {TREE: json.dumps(_encode(tree, "", tensors))}
 
 
 def load_tree(path: Path) -> Any:

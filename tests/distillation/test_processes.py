@@ -252,8 +252,7 @@ def test_pretraining_fills_one_queue(exact, ranks, tmp_path):
 
 
 def test_a_stream_is_read_by_all_processes(exact, ranks, tmp_path):
-    given = {"streaming": True, "queue_size": 24, "max_steps": 5, "preset": "fidelity"}
-    del given["preset"]
+    given = {"streaming": True, "queue_size": 24, "max_steps": 5}
     ranks.run_well(pretrain(exact, tmp_path / "two", 2, **given), 2)
     assert load_file(tmp_path / "two" / STATE)["contrast.bank.valid"].all()
 
