@@ -26,6 +26,11 @@ from codir_fast.distillation.loading import (
 )
 from codir_fast.distillation.metrics import metrics_for
 from codir_fast.distillation.model import DistillationModel
+from codir_fast.distillation.output_folder import (
+    OutputArguments,
+    check_output,
+    checkpoint_to_resume,
+)
 from codir_fast.distillation.processes import process_group, wait_for_all
 from codir_fast.distillation.run_settings import run_settings
 from codir_fast.distillation.student import student_from_teacher
@@ -88,7 +93,7 @@ def read_flags(arguments: list[str]) -> tuple[Any, ...]:
         DistillationConfig,
         args.DataArguments,
         StoppingArguments,
-        args.OutputArguments,
+        OutputArguments,
         TrainingArguments,
     )
     defaults = args.training_defaults(arguments) | {"num_train_epochs": 2.0, "learning_rate": 1e-4}
@@ -107,8 +112,8 @@ def read_flags(arguments: list[str]) -> tuple[Any, ...]:
 def run(arguments: list[str]) -> int:
     """Reads flags, distils, saves the student in transformers' format."""
     models, config, data, stopping, output, training = read_flags(arguments)
-    args.check_output(training, output)
-    resume = args.checkpoint_to_resume(training)
+    check_output(training, output)
+    resume = checkpoint_to_resume(training)
 
     set_seed(training.seed)
     tokenizer = load_tokenizer("teacher", models.teacher)

@@ -22,6 +22,11 @@ from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import load_classifier, load_tokenizer
 from codir_fast.distillation.metrics import metrics_for
 from codir_fast.distillation.objectives import CLASSIFICATION, REGRESSION
+from codir_fast.distillation.output_folder import (
+    OutputArguments,
+    check_output,
+    checkpoint_to_resume,
+)
 from codir_fast.distillation.run_settings import run_settings
 from codir_fast.distillation.sampling import ResumableTrainer
 from codir_fast.distillation.training import train_and_save
@@ -55,7 +60,7 @@ def run(arguments: list[str]) -> int:
         FinetuneArguments,
         args.DataArguments,
         StoppingArguments,
-        args.OutputArguments,
+        OutputArguments,
         TrainingArguments,
     )
     defaults = args.training_defaults(arguments) | {"num_train_epochs": 2.0, "learning_rate": 5e-5}
@@ -65,8 +70,8 @@ def run(arguments: list[str]) -> int:
     data.check_training()
     stopping.check(training)
     check_training_arguments(training, args.given_flags(arguments))
-    args.check_output(training, output)
-    resume = args.checkpoint_to_resume(training)
+    check_output(training, output)
+    resume = checkpoint_to_resume(training)
 
     set_seed(training.seed)
     name = model_args.model_name_or_path

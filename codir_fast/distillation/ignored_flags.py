@@ -110,6 +110,8 @@ def _of_evaluation(
 def _of_saving(training: TrainingArguments, given: Mapping[str, str]) -> Iterator[Condition]:
     saves, logs = training.save_strategy, training.logging_strategy
     yield ("save_steps",), saves == SaveStrategy.STEPS, "`save_strategy` steps"
+    resumes = str(training.resume_from_checkpoint).lower() not in ("none", "false")
+    yield ("ignore_data_skip",), resumes, "`resume_from_checkpoint`"
     yield (
         ("save_total_limit", "save_only_model"),
         saves != SaveStrategy.NO,

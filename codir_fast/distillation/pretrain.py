@@ -19,6 +19,11 @@ from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import load_masked_lm, load_tokenizer, load_trained_masked_lm
 from codir_fast.distillation.masked_lm import PretrainingModel
 from codir_fast.distillation.masked_lm_trainer import PretrainingTrainer
+from codir_fast.distillation.output_folder import (
+    OutputArguments,
+    check_output,
+    checkpoint_to_resume,
+)
 from codir_fast.distillation.processes import process_group
 from codir_fast.distillation.run_settings import run_settings
 from codir_fast.distillation.student import student_from_teacher
@@ -66,21 +71,22 @@ def run(arguments: list[str]) -> int:
         PretrainingConfig,
         args.CorpusArguments,
         StoppingArguments,
-        args.OutputArguments,
+        OutputArguments,
         TrainingArguments,
     )
     models, config, data, stopping, output, training = args.parse(
         "pretrain", classes, arguments, **_defaults(arguments)
     )
     data.check_training()
-    data.check_stream(training)
-    check_training_arguments(training, args.given_flags(arguments), has_metrics=False)
+    given = args.given_flags(arguments)
+    data.check_stream(training, given)
+    check_training_arguments(training, given, has_metrics=False)
     check_best_metric(training, ("loss", "perplexity"))
     stopping.check(training)
     with args.usage_errors("pretrain"):
         check_arguments(training)
-    args.check_output(training, output)
-    resume = args.checkpoint_to_resume(training)
+    check_output(training, output)
+    resume = checkpoint_to_resume(training)
 
     set_seed(training.seed)
     flag = "student" if models.teacher is None else "teacher"

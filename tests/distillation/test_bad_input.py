@@ -326,6 +326,10 @@ IGNORED = {
         {"--save_strategy": "no", "--save_only_model": "True"},
         "`save_only_model` needs a `save_strategy` other than no",
     ),
+    "data of no run before": (
+        {"--ignore_data_skip": "True"},
+        "`ignore_data_skip` needs `resume_from_checkpoint`",
+    ),
     "log steps with epochs": (
         {"--logging_strategy": "epoch", "--logging_steps": "5"},
         "`logging_steps` needs `logging_strategy` steps",

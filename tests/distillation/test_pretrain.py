@@ -220,6 +220,7 @@ ERRORS = {
     "output is used": ({"--output_dir": "FOLDER/mlm"}, "`output_dir` must be empty"),
     "smoothing": ({"--label_smoothing_factor": "0.1"}, "`label_smoothing_factor` is not"),
     "no length": ({"--max_seq_length": 0}, "`max_seq_length` must be at least 1"),
+    "buffer of no stream": ({"--shuffle_buffer": 9}, "`shuffle_buffer` needs `streaming`"),
     "no buffer": ({"--shuffle_buffer": 0}, "`shuffle_buffer` must be at least 1"),
     "stream without end": ({"--streaming": True}, "`streaming` needs `max_steps`"),
     "stream split": (
