@@ -2,6 +2,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "bank_contrast_sm90.h"
 #include "sm90/bank_contrast_launch_pass.h"
 #include "sm90/bank_contrast_launches.h"
@@ -10,17 +12,29 @@ namespace codir_fast {
 namespace sm90 {
 namespace {
 
-template <typename Element>
+template <int kDim, typename Element>
 __global__ void __launch_bounds__(kCombineWarps* kWarp)
     prepare_kernel(Element* unit, const void* query, int B, int D, bool normalize) {
-  prepare_queries(unit, query, B, D, normalize);
+  prepare_queries<kDim>(unit, query, B, D, normalize);
 }
 
-template <typename Element>
+template <int kDim, typename Element>
 __global__ void __launch_bounds__(kCombineWarps* kWarp)
     combine_kernel(const __grid_constant__ CombineArguments arguments) {
-  __shared__ double exchange[kCombineWarps * (kMaxDim + 1)];
-  combine_splits<Element>(arguments, exchange);
+  __shared__ double exchange[combine_doubles(kDim)];
+  combine_splits<kDim, Element>(arguments, exchange);
+}
+
+// Calls run(element, columns) with what the kernels for these are compiled for.
+template <typename Run>
+cudaError_t with_kernels(DType dtype, int D, const Run& run) {
+  using Narrow = std::integral_constant<int, 256>;
+  using Wide = std::integral_constant<int, kMaxDim>;
+  const auto with_columns = [&](auto element) {
+    return combined_dim(D) == Narrow::value ? run(element, Narrow()) : run(element, Wide());
+  };
+  return dtype == DType::kBFloat16 ? with_columns(BFloat16Element())
+                                   : with_columns(Float16Element());
 }
 
 // The driver's function, through the runtime: this binary is not linked with the driver.
@@ -66,13 +80,12 @@ struct CudaLauncher {
   cudaStream_t stream;
 
   const char* prepare(DType dtype, void* unit, const void* query, int B, int D, bool normalize) {
-    Launch launch(ceil_div(B, kCombineWarps), kCombineWarps * kWarp, 0, false, stream);
-    return text_of(
-        dtype == DType::kBFloat16
-            ? cudaLaunchKernelEx(&launch.config, prepare_kernel<BFloat16Element>,
-                                 static_cast<BFloat16Element*>(unit), query, B, D, normalize)
-            : cudaLaunchKernelEx(&launch.config, prepare_kernel<Float16Element>,
-                                 static_cast<Float16Element*>(unit), query, B, D, normalize));
+    Launch launch(ceil_div(B, kCombineWarps), kCombineWarps * kWarp, 0, 1, false, stream);
+    return text_of(with_kernels(dtype, D, [&](auto element, auto dim) {
+      using Element = decltype(element);
+      return cudaLaunchKernelEx(&launch.config, prepare_kernel<dim.value, Element>,
+                                static_cast<Element*>(unit), query, B, D, normalize);
+    }));
   }
 
   const char* pass(DType dtype, Weighing weighing, const MatrixMap& queries, const MatrixMap& bank,
@@ -81,17 +94,21 @@ struct CudaLauncher {
     if (const char* error = encode(queries, dtype, &query_map)) return error;
     if (const char* error = encode(bank, dtype, &bank_map)) return error;
     const int D = padded_dim(arguments.plan.D);
-    const auto launch = D == 64 ? launch_pass<64> : D == 128 ? launch_pass<128> : launch_pass<256>;
+    const auto launch = D == 64    ? launch_pass<64>
+                        : D == 128 ? launch_pass<128>
+                        : D == 256 ? launch_pass<256>
+                        : D == 384 ? launch_pass<384>
+                                   : launch_pass<512>;
     return text_of(
         launch(dtype, weighing, query_map, bank_map, arguments, blocks, after_previous, stream));
   }
 
   const char* combine(DType dtype, const CombineArguments& arguments, int blocks) {
-    Launch launch(blocks, kCombineWarps * kWarp, 0, true, stream);
-    return text_of(
-        dtype == DType::kBFloat16
-            ? cudaLaunchKernelEx(&launch.config, combine_kernel<BFloat16Element>, arguments)
-            : cudaLaunchKernelEx(&launch.config, combine_kernel<Float16Element>, arguments));
+    Launch launch(blocks, kCombineWarps * kWarp, 0, 1, true, stream);
+    return text_of(with_kernels(dtype, arguments.D, [&](auto element, auto dim) {
+      return cudaLaunchKernelEx(&launch.config, combine_kernel<dim.value, decltype(element)>,
+                                arguments);
+    }));
   }
 };
 
@@ -106,7 +123,7 @@ const char* count_multiprocessors(int device, int* count) {
 const char* why_not_bank_contrast_sm90(const BankContrastSm90& in) {
   if (in.dtype != DType::kBFloat16 && in.dtype != DType::kFloat16)
     return "`query` must be bfloat16 or float16";
-  if (in.D < 1 || in.D > sm90::kMaxDim) return "D must be in [1, 256]";
+  if (in.D < 1 || in.D > sm90::kMaxDim) return "D must be in [1, 512]";
   if (in.B > sm90::kMaxRows) return "`query` must have at most 2^31 - 256 rows";
   return sm90::why_not_mapped(sm90::matrix_map(in.bank, in.K, in.D, 1));
 }

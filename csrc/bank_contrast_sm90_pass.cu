@@ -26,7 +26,8 @@ cudaError_t launch(const TensorMap& queries, const TensorMap& bank, const PassAr
   const cudaError_t error = cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kLayout.bytes);
   if (error != cudaSuccess) return error;
-  Launch launch(blocks, num_threads(Config::kTile), Config::kLayout.bytes, after_previous, stream);
+  Launch launch(blocks, num_threads(Config::kTile), Config::kLayout.bytes, arguments.plan.cluster,
+                after_previous, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, queries, bank, arguments);
 }
 

@@ -21,7 +21,7 @@ CSRC = Path(__file__).resolve().parent
 UNITS = [
     *(
         ("bank_contrast_sm90_pass", "90a", (f"CODIR_FAST_SM90_DIM={dim}",))
-        for dim in (64, 128, 256)
+        for dim in (64, 128, 256, 384, 512)
     ),
     ("bank_contrast_sm90", "90a", ()),
     ("masked_pool_cuda", "90a", ()),

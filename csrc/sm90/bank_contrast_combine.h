@@ -15,8 +15,12 @@ namespace sm90 {
 constexpr double kLn2 = 0.6931471805599453;
 constexpr double kMinNormOfRows = 1e-12;  // as in torch.nn.functional.normalize
 constexpr int kWarp = 32;
-constexpr int kColumnsOfLane = kMaxDim / kWarp;
 constexpr int kCombineWarps = 8;
+
+// Columns that the kernels here are compiled for: those of narrow passes, and of wide ones.
+CODIR_FAST_HOST_DEVICE constexpr int combined_dim(int D) { return D <= 256 ? 256 : kMaxDim; }
+// What combine_splits keeps in shared memory.
+CODIR_FAST_HOST_DEVICE constexpr int combine_doubles(int dim) { return kCombineWarps * (dim + 1); }
 
 // Rows of queries or positives: (N, D) of float, or of Half, the 16-bit type of the products.
 template <typename Half>
@@ -35,8 +39,10 @@ CODIR_FAST_DEVICE double sum_of_warp(double value) {
   return value;
 }
 
-// Column c of a lane is lane + 32 c: a warp reads whole lines.
+// Up to kDim columns. Column c of a lane is lane + 32 c: a warp reads whole lines.
+template <int kDim>
 struct WarpRow {
+  static constexpr int kColumnsOfLane = kDim / kWarp;
   double value[kColumnsOfLane];
 
   template <typename Half>
@@ -65,17 +71,17 @@ struct WarpRow {
 
 // Blocks of kCombineWarps warps, a warp for each of B rows: unit (B, D) of Half. Without
 // `normalize` a copy.
-template <typename Half>
+template <int kDim, typename Half>
 CODIR_FAST_DEVICE void prepare_queries(Half* unit, const void* query, int B, int D,
                                        bool normalize) {
   let_next_grid_begin();
   const int i = block_index() * kCombineWarps + thread_index() / kWarp;
   if (i >= B) return;
-  WarpRow row;
+  WarpRow<kDim> row;
   row.load(Rows<Half>{query, false}, i, D);
   if (normalize) row.normalize();
 #pragma unroll
-  for (int c = 0; c < kColumnsOfLane; ++c) {
+  for (int c = 0; c < row.kColumnsOfLane; ++c) {
     const int d = thread_index() % kWarp + kWarp * c;
     if (d < D) from_float(static_cast<float>(row.value[c]), unit + std::int64_t{i} * D + d);
   }
@@ -110,14 +116,16 @@ CODIR_FAST_DEVICE double logistic(double a, double* sigmoid) {
 }
 
 // One query's sums over all splits, relative to 2^maximum.
+template <int kDim>
 struct Sums {
   double maximum, total;
-  WarpRow rows;
+  WarpRow<kDim> rows;
 };
 
 // A warp's share of the splits: from `first`, every `step`-th.
-CODIR_FAST_DEVICE Sums sum_splits(const CombineArguments& a, int i, int first, int step) {
-  Sums sums{};
+template <int kDim>
+CODIR_FAST_DEVICE Sums<kDim> sum_splits(const CombineArguments& a, int i, int first, int step) {
+  Sums<kDim> sums{};
   float largest = kMinusInfinity;
   for (int n = thread_index() % kWarp; n < a.splits; n += kWarp) {
     const float maximum = a.maximum[std::int64_t{n} * a.B + i];
@@ -135,7 +143,7 @@ CODIR_FAST_DEVICE Sums sum_splits(const CombineArguments& a, int i, int first, i
     const double weight = exp2(a.maximum[at] - base);
     sums.total += weight * a.total[at];
 #pragma unroll
-    for (int c = 0; c < kColumnsOfLane; ++c) {
+    for (int c = 0; c < sums.rows.kColumnsOfLane; ++c) {
       const int d = thread_index() % kWarp + kWarp * c;
       if (d < a.D) sums.rows.value[c] += weight * a.rows[at * a.D + d];
     }
@@ -144,9 +152,10 @@ CODIR_FAST_DEVICE Sums sum_splits(const CombineArguments& a, int i, int first, i
 }
 
 // One warp: from a query's sums to its outputs.
-template <typename Half>
-CODIR_FAST_DEVICE void finish_query(const CombineArguments& a, int i, const Sums& sums) {
-  WarpRow query, positive;
+template <int kDim, typename Half>
+CODIR_FAST_DEVICE void finish_query(const CombineArguments& a, int i, const Sums<kDim>& sums) {
+  constexpr int kColumnsOfLane = WarpRow<kDim>::kColumnsOfLane;
+  WarpRow<kDim> query, positive;
   query.load(Rows<Half>{a.query, false}, i, a.D);
   positive.load(Rows<Half>{a.positive, a.positive_is_float}, i, a.D);
   const double query_norm = a.normalize ? query.normalize() : 1.0;
@@ -165,7 +174,7 @@ CODIR_FAST_DEVICE void finish_query(const CombineArguments& a, int i, const Sums
     lse = positive_logit + loss;
     share = weight / (sums.total == 0 ? 1.0 : sums.total);
   }
-  WarpRow direction;
+  WarpRow<kDim> direction;
 #pragma unroll
   for (int c = 0; c < kColumnsOfLane; ++c)
     direction.value[c] = share * sums.rows.value[c] - weight * positive.value[c];
@@ -192,28 +201,29 @@ CODIR_FAST_DEVICE void finish_query(const CombineArguments& a, int i, const Sums
   }
 }
 
-// Blocks of kCombineWarps warps, warps_per_query for each query. `exchange`: kCombineWarps *
-// (kMaxDim + 1) doubles in shared memory.
-template <typename Half>
+// Blocks of kCombineWarps warps, warps_per_query for each query. `exchange`: combine_doubles(kDim)
+// in shared memory.
+template <int kDim, typename Half>
 CODIR_FAST_DEVICE void combine_splits(const CombineArguments& a, double* exchange) {
   wait_for_previous_grid();
   const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
   const int member = warp % a.warps_per_query;
   const int i = block_index() * (kCombineWarps / a.warps_per_query) + warp / a.warps_per_query;
-  Sums sums{};
-  if (i < a.B) sums = sum_splits(a, i, member, a.warps_per_query);
+  constexpr int kColumnsOfLane = WarpRow<kDim>::kColumnsOfLane;
+  Sums<kDim> sums{};
+  if (i < a.B) sums = sum_splits<kDim>(a, i, member, a.warps_per_query);
   if (a.warps_per_query > 1) {
-    double* mine = exchange + warp * (kMaxDim + 1);
+    double* mine = exchange + warp * (kDim + 1);
     for (int c = 0; c < kColumnsOfLane; ++c) mine[lane + kWarp * c] = sums.rows.value[c];
-    if (lane == 0) mine[kMaxDim] = sums.total;
+    if (lane == 0) mine[kDim] = sums.total;
     sync_block();
     for (int other = 1; member == 0 && other < a.warps_per_query; ++other) {
-      const double* theirs = mine + other * (kMaxDim + 1);
+      const double* theirs = mine + other * (kDim + 1);
       for (int c = 0; c < kColumnsOfLane; ++c) sums.rows.value[c] += theirs[lane + kWarp * c];
-      sums.total += theirs[kMaxDim];
+      sums.total += theirs[kDim];
     }
   }
-  if (member == 0 && i < a.B) finish_query<Half>(a, i, sums);
+  if (member == 0 && i < a.B) finish_query<kDim, Half>(a, i, sums);
 }
 
 }  // namespace sm90

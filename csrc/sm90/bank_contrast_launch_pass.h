@@ -23,22 +23,36 @@ cudaError_t launch_pass<128>(DType, Weighing, const TensorMap&, const TensorMap&
 template <>
 cudaError_t launch_pass<256>(DType, Weighing, const TensorMap&, const TensorMap&,
                              const PassArguments&, int, bool, cudaStream_t);
+template <>
+cudaError_t launch_pass<384>(DType, Weighing, const TensorMap&, const TensorMap&,
+                             const PassArguments&, int, bool, cudaStream_t);
+template <>
+cudaError_t launch_pass<512>(DType, Weighing, const TensorMap&, const TensorMap&,
+                             const PassArguments&, int, bool, cudaStream_t);
 
-// A launch whose kernel may begin while the one before it ends (programmatic dependent launch).
+// A launch in clusters of so many blocks, whose kernel may begin while the one before it ends
+// (programmatic dependent launch).
 struct Launch {
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
+  cudaLaunchAttribute attributes[2] = {};
 
-  Launch(int blocks, int threads, std::size_t shared_bytes, bool after_previous,
+  Launch(int blocks, int threads, std::size_t shared_bytes, int cluster, bool after_previous,
          cudaStream_t stream) {
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    unsigned count = 0;
+    if (after_previous) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    }
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = after_previous ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
   }
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;

@@ -94,14 +94,16 @@ const char* launch_bank_contrast(Launcher& launcher, const BankContrastOutputs& 
   pass.inv_temperature = in.inv_temperature, pass.log_partition = in.log_partition;
   pass.log_noise = static_cast<float>(log_noise), pass.extra = static_cast<float>(extra);
   pass.plan = plan;
-  // What only one row tile reads is not worth a place in L2.
-  pass.reads_once = plan.row_tiles == 1;
+  // What is read once is not worth a place in L2.
+  pass.reads_once = plan.row_tiles == plan.cluster;
   const auto run_pass = [&](Weighing how, bool after_previous) {
     const Plan& p = pass.plan;
+    const bool all = p.alternate || pass.only_bad;
     const int blocks =
-        p.alternate || pass.only_bad ? p.num_items : std::min(p.num_items, num_multiprocessors);
+        all ? p.num_items : std::min(p.num_items, num_multiprocessors / p.cluster * p.cluster);
     return launcher.pass(in.dtype, how, matrix_map(queries, in.B, in.D, kConsumerRows),
-                         matrix_map(in.bank, in.K, in.D, p.block_k), pass, blocks, after_previous);
+                         matrix_map(in.bank, in.K, in.D, box_rows(p)), pass, blocks,
+                         after_previous);
   };
   if (plan.splits > 0) {
     if (const char* error = run_pass(weighing, prepares)) return error;

@@ -11,19 +11,30 @@
 namespace codir_fast {
 namespace sm90 {
 
-constexpr int kMaxDim = 256;
+constexpr int kMaxDim = 512;
 constexpr int kWarpgroup = 128;    // threads
 constexpr int kConsumerRows = 64;  // queries that one consumer warpgroup multiplies
 constexpr int kColumnBytes = 16;   // what a masked pass keeps of a bank row
 
 // Of one width: rows of a bank tile, tiles in flight, consumer warpgroups, and the registers of a
-// producer's and a consumer's thread, which fill the multiprocessor's 64 K together.
+// producer's and a consumer's thread, which fill the multiprocessor's 64 K together. A step of the
+// pass is a tile.
 struct PassTile {
   int block_k, stages, consumers, producer_registers, consumer_registers;
 };
 
 CODIR_FAST_HOST_DEVICE constexpr int padded_dim(int D) {
-  return D <= 64 ? 64 : D <= 128 ? 128 : 256;
+  return D <= 64 ? 64 : D <= 128 ? 128 : D <= 256 ? 256 : D <= 384 ? 384 : 512;
+}
+
+// Sums of so many columns don't fit the registers of one consumer: the two of a block have the same
+// queries and half of the columns each. A step is two tiles then, and each consumer weighs one for
+// both.
+CODIR_FAST_HOST_DEVICE constexpr bool is_wide(int padded_dim) { return padded_dim > 256; }
+
+// Tiles of a step, and the parts of columns in which a tile comes in and is given back.
+CODIR_FAST_HOST_DEVICE constexpr int num_parts(int padded_dim) {
+  return is_wide(padded_dim) ? 2 : 1;
 }
 
 // How logits become weights. kFixedShift: e^{s - 1/t}, without masks, right for unit rows and 1/t
@@ -35,6 +46,10 @@ enum class Weighing { kFixedShift, kRunningMaximum, kNce };
 // third consumer hides them, where masks leave registers for it. Threads that describe a masked
 // pass's columns need more than one that copies.
 CODIR_FAST_HOST_DEVICE constexpr PassTile pass_tile(int padded_dim, Weighing weighing) {
+  if (is_wide(padded_dim)) {
+    const int stages = padded_dim == 384 ? 3 : 2;
+    return PassTile{64, stages, 2, 40, 232};
+  }
   if (weighing == Weighing::kFixedShift) {
     return padded_dim == 64    ? PassTile{128, 7, 3, 32, 160}
            : padded_dim == 128 ? PassTile{128, 5, 2, 24, 240}
@@ -51,31 +66,41 @@ CODIR_FAST_HOST_DEVICE constexpr int num_threads(PassTile tile) {
 
 // Offsets in bytes from the beginning of shared memory, which is a multiple of 1024.
 struct SharedLayout {
-  int query_bytes, tile_bytes;  // of one consumer's queries, of one bank tile
-  int queries, tiles, columns, barriers, bytes;
+  int query_bytes, tile_bytes, weight_bytes;  // of one consumer's queries, of one bank tile
+  int queries, tiles, weights, columns, exchange, items, barriers, bytes;
 };
 
-// Barriers of 8 bytes, in this order: full, ready and empty for each stage, queries full and empty.
+// Weights, exchange and items are of wide rows: a tile's weights for the other consumer, as a
+// panel; two numbers of each query and consumer; a number of each warp (see WideConsumer). Barriers
+// of 8 bytes, in this order: full for each part of a stage, ready for each stage, empty for each
+// part, queries full and empty.
 CODIR_FAST_HOST_DEVICE constexpr SharedLayout shared_layout(int padded_dim, Weighing weighing) {
   const PassTile tile = pass_tile(padded_dim, weighing);
   SharedLayout at{};
   at.query_bytes = kConsumerRows * padded_dim * 2;
   at.tile_bytes = tile.block_k * padded_dim * 2;
+  at.weight_bytes = is_wide(padded_dim) ? panel_bytes(kConsumerRows) : 0;
   at.queries = 0;
-  at.tiles = at.queries + tile.consumers * at.query_bytes;
-  at.columns = at.tiles + tile.stages * at.tile_bytes;
-  at.barriers = at.columns + tile.stages * tile.block_k * kColumnBytes;
-  at.bytes = at.barriers + (3 * tile.stages + 2) * 8;
+  at.tiles = at.queries + (is_wide(padded_dim) ? 1 : tile.consumers) * at.query_bytes;
+  at.weights = at.tiles + tile.stages * at.tile_bytes;
+  at.columns = at.weights + tile.stages * at.weight_bytes;
+  at.exchange = at.columns + tile.stages * tile.block_k * kColumnBytes;
+  at.items = at.exchange + (is_wide(padded_dim) ? 2 * tile.consumers * kConsumerRows * 4 : 0);
+  at.barriers = at.items + (is_wide(padded_dim) ? tile.consumers * (kWarpgroup / 32) * 4 : 0);
+  at.bytes = at.barriers + ((2 * num_parts(padded_dim) + 1) * tile.stages + 2) * 8;
   return at;
 }
 
 // Items are split-major: item = split * row_tiles + row tile, so that blocks that run side by side
 // read the same part of the bank, which L2 then holds. With `alternate` the consumers of a block
-// hold the same queries and take its bank tiles in turn: few queries, all threads busy.
+// hold the same queries and take its bank tiles in turn: few queries, all threads busy. Blocks of a
+// cluster, 1 or 2, have items that follow one another: other queries, the same part of the bank,
+// which each of them brings a share of to all.
 struct Plan {
   int B, K, D;
   bool alternate;
-  int block_b, block_k;  // queries of a block, rows of a bank tile
+  int cluster;
+  int block_b, block_k;  // queries of a block, bank rows of a step
   int row_tiles, splits, rows_per_split, num_items;
 };
 
@@ -86,37 +111,54 @@ inline std::int64_t partial_bytes(std::int64_t splits, std::int64_t B, std::int6
 }
 
 inline Plan plan_tiles(int B, int K, int D, Weighing weighing) {
-  const PassTile tile = pass_tile(padded_dim(D), weighing);
-  const bool alternate = B <= kConsumerRows;
-  const int block_b = alternate ? kConsumerRows : kConsumerRows * tile.consumers;
-  return {B, K, D, alternate, block_b, tile.block_k, ceil_div(B, block_b), 0, 0, 0};
+  const int dim = padded_dim(D);
+  const PassTile tile = pass_tile(dim, weighing);
+  const bool alternate = B <= kConsumerRows && !is_wide(dim);
+  const int block_b = alternate || is_wide(dim) ? kConsumerRows : kConsumerRows * tile.consumers;
+  const int block_k = num_parts(dim) * tile.block_k;
+  return {B, K, D, alternate, 1, block_b, block_k, ceil_div(B, block_b), 0, 0, 0};
 }
+
+// Rows of a box of the bank: a block's share of a tile.
+inline int box_rows(const Plan& plan) {
+  return plan.block_k / num_parts(padded_dim(plan.D)) / plan.cluster;
+}
+
+// Up to so many row tiles, another one without queries costs more than a cluster gains.
+constexpr int kFewRowTiles = 8;
 
 // The fewest splits that keep the multiprocessors as busy as any number does, within 2 %, as long
 // as partial sums stay below kMaxPartialBytes.
 inline Plan make_plan(int B, int K, int D, Weighing weighing, int num_multiprocessors) {
   Plan plan = plan_tiles(B, K, D, weighing);
-  const int bank_tiles = ceil_div(K, plan.block_k);
-  if (bank_tiles == 0) return plan;
-  const auto tiles_taken = [&](int splits) {  // one after the other, by the busiest multiprocessor
+  // 64 queries alone read tiles of wide rows faster than L2 gives them.
+  const bool shares = is_wide(padded_dim(D)) && num_multiprocessors > 1 && plan.row_tiles > 1;
+  if (shares && (plan.row_tiles % 2 == 0 || plan.row_tiles > kFewRowTiles)) {
+    plan.cluster = 2;
+    plan.row_tiles += plan.row_tiles % 2;
+  }
+  const int bank_steps = ceil_div(K, plan.block_k);
+  if (bank_steps == 0) return plan;
+  const auto steps_taken = [&](int splits) {  // one after the other, by the busiest multiprocessor
     const std::int64_t items = std::int64_t{plan.row_tiles} * splits;
-    return double(ceil_div(items, num_multiprocessors)) * ceil_div(bank_tiles, splits);
+    return double(ceil_div(items, num_multiprocessors)) * ceil_div(bank_steps, splits);
   };
   // Consumers that take turns work on one item only (see Consumer::merge).
   const int most =
-      std::min(bank_tiles, plan.alternate ? num_multiprocessors : 8 * num_multiprocessors);
+      std::min(bank_steps, plan.alternate ? num_multiprocessors : 8 * num_multiprocessors);
   int best = 1;
   for (int splits = 2; splits <= most; ++splits) {
     if (partial_bytes(splits, B, D) > kMaxPartialBytes) break;
-    if (tiles_taken(splits) * 1.02 < tiles_taken(best)) best = splits;
+    if (steps_taken(splits) * 1.02 < steps_taken(best)) best = splits;
   }
-  plan.rows_per_split = ceil_div(bank_tiles, best) * plan.block_k;
+  plan.rows_per_split = ceil_div(bank_steps, best) * plan.block_k;
   plan.splits = ceil_div(K, plan.rows_per_split);
   plan.num_items = plan.row_tiles * plan.splits;
   return plan;
 }
 
-// A plan for the tiles of another weighing that leaves its sums where those of `plan` lie.
+// A plan for the tiles of another weighing that leaves its sums where those of `plan` lie; without
+// clusters.
 inline Plan with_same_splits(const Plan& plan, Weighing weighing) {
   Plan other = plan_tiles(plan.B, plan.K, plan.D, weighing);
   other.splits = plan.splits, other.rows_per_split = plan.rows_per_split;
@@ -126,7 +168,7 @@ inline Plan with_same_splits(const Plan& plan, Weighing weighing) {
 
 struct Item {
   int row_tile, split;
-  int first_row, end_row, num_tiles;  // of the bank
+  int first_row, end_row, num_steps;  // of the bank
 };
 
 CODIR_FAST_HOST_DEVICE inline Item item_at(const Plan& plan, int number) {
@@ -137,14 +179,14 @@ CODIR_FAST_HOST_DEVICE inline Item item_at(const Plan& plan, int number) {
   const int left = plan.K - item.first_row;
   const int rows = left < plan.rows_per_split ? left : plan.rows_per_split;
   item.end_row = item.first_row + rows;
-  item.num_tiles = ceil_div(rows, plan.block_k);
+  item.num_steps = ceil_div(rows, plan.block_k);
   return item;
 }
 
-// Bank row at which the n-th tile begins. Tiles are walked from the last to the first: the one that
-// the end cuts comes first, before the loop, where a branch costs nothing.
-CODIR_FAST_HOST_DEVICE inline int tile_row(const Plan& plan, const Item& item, int n) {
-  return item.first_row + (item.num_tiles - 1 - n) * plan.block_k;
+// Bank row at which the n-th step begins. Steps go from the last rows to the first: those that the
+// end cuts come first, before the loop, where a branch costs nothing.
+CODIR_FAST_HOST_DEVICE inline int step_row(const Plan& plan, const Item& item, int n) {
+  return item.first_row + (item.num_steps - 1 - n) * plan.block_k;
 }
 
 // Place in a ring of stages: tile n of a block lies in stage n % stages and is the phase-th there.

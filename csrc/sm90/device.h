@@ -30,7 +30,17 @@ CODIR_FAST_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 CODIR_FAST_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 CODIR_FAST_DEVICE int num_blocks() { return static_cast<int>(gridDim.x); }
 
+CODIR_FAST_DEVICE int block_of_cluster() {
+  std::uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
 CODIR_FAST_DEVICE void sync_block() { __syncthreads(); }
+// All threads of the cluster's blocks, wherever each of a warp's comes from.
+CODIR_FAST_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
 // Whether the condition holds in any thread of the block.
 CODIR_FAST_DEVICE bool sync_block_or(bool condition) { return __syncthreads_or(condition) != 0; }
 CODIR_FAST_DEVICE void sync_warp() { __syncwarp(); }
@@ -109,6 +119,11 @@ CODIR_FAST_DEVICE Word4 load_shared(std::uint32_t address) {
                : "memory");
   return v;
 }
+CODIR_FAST_DEVICE int load_shared_word(std::uint32_t address) {
+  int v;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
 CODIR_FAST_DEVICE float load_shared_float(std::uint32_t address) {
   float v;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
@@ -118,6 +133,9 @@ CODIR_FAST_DEVICE void store_shared(std::uint32_t address, Word4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
+}
+CODIR_FAST_DEVICE void store_shared_word(std::uint32_t address, std::uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 CODIR_FAST_DEVICE void store_shared_float(std::uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");

@@ -29,6 +29,19 @@ __device__ __forceinline__ void copy_box(std::uint32_t to, const TensorMap& map,
       : "memory");
 }
 
+// The same to all blocks of the cluster whose bits in `blocks` are set: there to the same place of
+// their shared memory, counted by the barrier that lies there.
+__device__ __forceinline__ void copy_box_to_cluster(std::uint32_t to, const TensorMap& map, int row,
+                                                    int column, std::uint32_t barrier, int blocks,
+                                                    std::uint64_t cache_policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(static_cast<std::uint16_t>(blocks)),
+      "l"(cache_policy)
+      : "memory");
+}
+
 // What this thread wrote to shared memory before is seen by matrix instructions and copies of
 // threads that it signals after.
 __device__ __forceinline__ void publish_to_async_proxy() {

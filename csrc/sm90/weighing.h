@@ -85,11 +85,18 @@ struct Weigher {
   }
 
   // Weights in place of the products q.b of a tile that begins at bank row `first_row`; in a masked
-  // pass `columns` is where its rows are described.
-  template <int N>
-  CODIR_FAST_DEVICE void weigh(float (&logits)[N], int first_row, std::uint32_t columns) {
+  // pass `columns` is where its rows are described. With kRunningMaximum `agree` may raise the
+  // largest logits that the maximum follows, one of each query, to those of other tiles.
+  template <int N, typename Agree>
+  CODIR_FAST_DEVICE void weigh(float (&logits)[N], int first_row, std::uint32_t columns,
+                               const Agree& agree) {
     if (kMasked) mask(logits, first_row, columns);
-    if (kWeighing == Weighing::kRunningMaximum) follow_maximum(logits);
+    if (kWeighing == Weighing::kRunningMaximum) {
+      float largest[2] = {kMinusInfinity, kMinusInfinity};
+      find_largest(logits, largest);
+      agree(largest);
+      follow_maximum(largest);
+    }
     float added[2][2] = {};  // two sums a query: shorter chains
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -164,8 +171,7 @@ struct Weigher {
   }
 
   template <int N>
-  CODIR_FAST_DEVICE void follow_maximum(const float (&logits)[N]) {
-    float largest[2] = {kMinusInfinity, kMinusInfinity};
+  static CODIR_FAST_DEVICE void find_largest(const float (&logits)[N], float (&largest)[2]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int r = i / 2 % 2;
@@ -178,6 +184,12 @@ struct Weigher {
         const float other = shuffle_xor(largest[r], lanes);
         largest[r] = largest[r] < other ? other : largest[r];
       }
+    }
+  }
+
+  CODIR_FAST_DEVICE void follow_maximum(const float (&largest)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
       const bool grows = largest[r] > maximum[r] + kSlack;
       const float now = grows ? largest[r] : maximum[r];
       // Nothing allowed yet: the sums are 0, and so is their factor.

@@ -2,11 +2,12 @@
 // without a GPU. Threads of a block are fibers, which a scheduler resumes in a random order; what
 // the hardware does asynchronously happens as late as it may, or as early. Shared memory begins as
 // NaN. A wait that nobody ends, a barrier used before it is initialised, threads of a warpgroup
-// that disagree, or an access outside of shared memory ends the program with a message.
+// that disagree, an access outside of shared memory, or to that of a block of the cluster that has
+// ended, ends the program with a message.
 //
 // Modelled after the PTX ISA: mbarrier phases and transaction bytes, named barriers, 2-D tensor
-// copies with the 128-byte swizzle, wgmma's matrix descriptors and register layouts. Not modelled:
-// clusters, memory ordering between proxies, speed.
+// copies with the 128-byte swizzle, to one block or several of a cluster, wgmma's matrix
+// descriptors and register layouts. Not modelled: memory ordering between proxies, speed.
 #pragma once
 
 #include <ucontext.h>
@@ -77,11 +78,12 @@ struct Copy {
   MatrixMap map;
   int row, column;
   std::uint32_t barrier;
+  unsigned blocks;  // of the cluster, a bit each; 0: this one
 };
 
 // What all threads of a warpgroup ask of the matrix unit together.
 struct MatrixCall {
-  enum Kind { kAlongRows, kAlongColumns, kCommit, kWait } kind;
+  enum Kind { kAlongRows, kAlongColumns, kBothShared, kCommit, kWait } kind;
   int columns = 0, pending = 0;
   bool is_bfloat16 = false, accumulate = false, done = false;
   std::uint64_t a = 0, b = 0;
@@ -97,6 +99,7 @@ struct MatrixCall {
 
 struct Block {
   int num_threads, index, num_blocks;
+  std::vector<std::unique_ptr<Block>>* cluster;
   bool eager;
   std::mt19937 random;
   std::vector<Fiber> fibers;
@@ -125,6 +128,18 @@ struct Block {
     swapcontext(&current->context, &scheduler);
   }
 
+  bool has_ended() const {
+    return std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.done; });
+  }
+
+  // A block of the cluster, which another one is about to touch.
+  Block& other(std::size_t rank) {
+    if (rank >= cluster->size()) fail("no such block in the cluster");
+    Block& b = *(*cluster)[rank];
+    if (&b != this && b.has_ended()) fail("a block of the cluster has ended");
+    return b;
+  }
+
   std::uint8_t* at(std::uint32_t address, std::size_t bytes) {
     if (address < kSharedBase || address + bytes > kSharedBase + shared.size())
       fail("access outside of shared memory");
@@ -146,6 +161,13 @@ struct Block {
   void complete_copy(std::size_t number) {
     const Copy copy = copies[number];
     copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(number));
+    if (copy.blocks == 0) receive(copy);
+    for (std::size_t rank = 0; copy.blocks >> rank != 0; ++rank) {
+      if (copy.blocks >> rank & 1) other(rank).receive(copy);
+    }
+  }
+
+  void receive(const Copy& copy) {
     if (copy.to % kSwizzleBytes != 0) fail("a box must lie at a multiple of 1024 bytes");
     for (int r = 0; r < copy.map.box_rows; ++r) {
       for (int c = 0; c < copy.map.box_columns; ++c) {
@@ -190,14 +212,14 @@ struct Block {
     constexpr int kRows = 64;
     const int N = call.columns;
     std::vector<float> a(kRows * kProductDepth), b(static_cast<std::size_t>(N) * kProductDepth);
-    const bool along_columns = call.kind == MatrixCall::kAlongColumns;
+    const bool along_columns = call.kind != MatrixCall::kAlongRows;
     for (int n = 0; n < N; ++n) {
       for (int k = 0; k < kProductDepth; ++k)
         b[n * kProductDepth + k] = operand(call.b, n, k, along_columns, call.is_bfloat16);
     }
     for (int m = 0; m < kRows; ++m) {
       for (int k = 0; k < kProductDepth; ++k) {
-        if (!along_columns) {
+        if (call.kind != MatrixCall::kAlongColumns) {
           a[m * kProductDepth + k] = operand(call.a, m, k, false, call.is_bfloat16);
           continue;
         }
@@ -280,29 +302,28 @@ struct Block {
     return b.any_of_last;
   }
 
-  void run() {
-    for (bool all_done = false; !all_done;) {
-      all_done = true;
-      bool progress = false;
-      std::vector<int> order(fibers.size());
-      for (std::size_t n = 0; n < order.size(); ++n) order[n] = static_cast<int>(n);
-      std::shuffle(order.begin(), order.end(), random);
-      for (const int n : order) {
-        Fiber& fiber = fibers[n];
-        if (fiber.done) continue;
-        all_done = false;
-        if (fiber.may_go && !fiber.may_go()) continue;
-        fiber.may_go = nullptr;
-        progress = true;
-        current = &fiber;
-        swapcontext(&scheduler, &fiber.context);
-      }
-      if (!copies.empty() && (!progress || eager || random() % 2 == 0)) {
-        complete_copy(random() % copies.size());
-        progress = true;
-      }
-      if (!progress && !all_done) fail("all threads wait: deadlock");
+  // Once around: whether anything went on.
+  bool go_on() {
+    bool progress = false;
+    std::vector<int> order(fibers.size());
+    for (std::size_t n = 0; n < order.size(); ++n) order[n] = static_cast<int>(n);
+    std::shuffle(order.begin(), order.end(), random);
+    for (const int n : order) {
+      Fiber& fiber = fibers[n];
+      if (fiber.done || (fiber.may_go && !fiber.may_go())) continue;
+      fiber.may_go = nullptr;
+      progress = true;
+      current = &fiber;
+      swapcontext(&scheduler, &fiber.context);
     }
+    if (!copies.empty() && (!progress || eager || random() % 2 == 0)) {
+      complete_copy(random() % copies.size());
+      progress = true;
+    }
+    return progress;
+  }
+
+  void check_end() const {
     for (const auto& [name, barrier] : named) {
       if (barrier.arrived != 0) fail("a named barrier was left half full");
     }
@@ -329,24 +350,50 @@ inline void prepare_fiber(Fiber& fiber, char* stack) {
   makecontext(&fiber.context, start_fiber, 0);
 }
 
-// Runs `body` in every thread of each block, one block after the other.
+using Cluster = std::vector<std::unique_ptr<Block>>;
+
+// Until all threads of all its blocks have ended; now and then one block runs on alone.
+inline void run_cluster(Cluster& cluster) {
+  const auto ended = [](const std::unique_ptr<Block>& b) { return b->has_ended(); };
+  while (!std::all_of(cluster.begin(), cluster.end(), ended)) {
+    bool progress = false;
+    for (const std::unique_ptr<Block>& b : cluster) {
+      block() = b.get();
+      bool went_on = b->go_on();
+      progress |= went_on;
+      for (int more = static_cast<int>(b->random() % 4 * 8); went_on && more > 0; --more)
+        went_on = b->go_on();
+    }
+    if (!progress && !std::all_of(cluster.begin(), cluster.end(), ended))
+      fail("all threads wait: deadlock");
+  }
+  for (const std::unique_ptr<Block>& b : cluster) b->check_end();
+}
+
+// Runs `body` in every thread of each block, one cluster of blocks after the other.
 inline void launch(int blocks, int threads, std::size_t shared_bytes, bool eager, unsigned seed,
-                   const std::function<void()>& body) {
+                   const std::function<void()>& body, int cluster_size = 1) {
   std::vector<std::unique_ptr<char[]>> stacks;
-  for (int t = 0; t < threads; ++t) stacks.emplace_back(new char[kStackBytes]);
-  for (int index = 0; index < blocks; ++index) {
-    Block b;
-    b.num_threads = threads, b.index = index, b.num_blocks = blocks;
-    b.eager = eager;
-    b.random.seed(seed + index);
-    b.shared.assign(shared_bytes, 0xff);
-    b.exchanges.resize((threads + kWarpThreads - 1) / kWarpThreads);
-    b.matrix_calls.resize((threads + kGroupThreads - 1) / kGroupThreads);
-    b.body = body;
-    b.fibers.resize(threads);
-    block() = &b;
-    for (int t = 0; t < threads; ++t) prepare_fiber(b.fibers[t], stacks[t].get());
-    b.run();
+  for (int t = 0; t < threads * cluster_size; ++t) stacks.emplace_back(new char[kStackBytes]);
+  if (blocks % cluster_size != 0) fail("a grid that clusters don't divide");
+  for (int first = 0; first < blocks; first += cluster_size) {
+    Cluster cluster;
+    for (int rank = 0; rank < cluster_size; ++rank) {
+      cluster.emplace_back(new Block);
+      Block& b = *cluster.back();
+      b.num_threads = threads, b.index = first + rank, b.num_blocks = blocks;
+      b.cluster = &cluster;
+      b.eager = eager;
+      b.random.seed(seed + b.index);
+      b.shared.assign(shared_bytes, 0xff);
+      b.exchanges.resize((threads + kWarpThreads - 1) / kWarpThreads);
+      b.matrix_calls.resize((threads + kGroupThreads - 1) / kGroupThreads);
+      b.body = body;
+      b.fibers.resize(threads);
+      for (int t = 0; t < threads; ++t)
+        prepare_fiber(b.fibers[t], stacks[rank * threads + t].get());
+    }
+    run_cluster(cluster);
   }
 }
 
@@ -357,6 +404,21 @@ inline emulator::Block& emulated() { return *emulator::block(); }
 inline int thread_index() { return emulated().thread(); }
 inline int block_index() { return emulated().index; }
 inline int num_blocks() { return emulated().num_blocks; }
+inline int block_of_cluster() {
+  const emulator::Cluster& cluster = *emulated().cluster;
+  return emulated().index % static_cast<int>(cluster.size());
+}
+// Counted at the first block's barrier of a name that no kernel has.
+inline void sync_cluster() {
+  const emulator::Cluster& cluster = *emulated().cluster;
+  emulator::NamedBarrier& b = cluster[0]->named[-1];
+  const std::uint64_t generation = b.generation;
+  if (++b.arrived == emulated().num_threads * static_cast<int>(cluster.size())) {
+    b.arrived = 0;
+    ++b.generation;
+  }
+  emulated().wait_until([&b, generation] { return b.generation != generation; });
+}
 inline void sync_block() { emulated().come(0, emulated().num_threads, true); }
 inline bool sync_block_or(bool condition) {
   return emulated().come(0, emulated().num_threads, true, condition);
@@ -415,6 +477,14 @@ inline float load_shared_float(std::uint32_t address) {
 inline void store_shared(std::uint32_t address, Word4 v) {
   std::memcpy(emulated().at(address, sizeof(v)), &v, sizeof(v));
 }
+inline void store_shared_word(std::uint32_t address, std::uint32_t v) {
+  std::memcpy(emulated().at(address, sizeof(v)), &v, sizeof(v));
+}
+inline int load_shared_word(std::uint32_t address) {
+  int v;
+  std::memcpy(&v, emulated().at(address, sizeof(v)), sizeof(v));
+  return v;
+}
 inline void store_shared_float(std::uint32_t address, float v) {
   std::memcpy(emulated().at(address, sizeof(v)), &v, sizeof(v));
 }
@@ -432,11 +502,15 @@ inline void barrier_init(std::uint32_t barrier, int arrivals) {
   emulated().barriers[barrier] = {arrivals, arrivals};
 }
 inline void publish_barriers() {}
-inline void barrier_arrive(std::uint32_t barrier) {
-  emulator::MBarrier& b = emulated().barrier(barrier);
+inline void arrive(emulator::Block& block, std::uint32_t barrier) {
+  emulator::MBarrier& b = block.barrier(barrier);
   if (b.pending == 0) emulator::fail("more arrivals than an mbarrier expects");
   --b.pending;
-  emulated().end_phase_if_complete(b);
+  block.end_phase_if_complete(b);
+}
+inline void barrier_arrive(std::uint32_t barrier) { arrive(emulated(), barrier); }
+inline void barrier_arrive_in_block(std::uint32_t barrier, int block, bool really) {
+  if (really) arrive(emulated().other(static_cast<std::size_t>(block)), barrier);
 }
 inline void barrier_expect(std::uint32_t barrier, int bytes) {
   emulated().barrier(barrier).bytes += bytes;
@@ -455,7 +529,12 @@ inline void prefetch_tensor_map(const TensorMap&) {}
 inline void copy_box(std::uint32_t to, const TensorMap& map, int row, int column,
                      std::uint32_t barrier, std::uint64_t) {
   emulated().at(to, static_cast<std::size_t>(map.box_rows) * kRowBytes);
-  emulated().copies.push_back({to, map, row, column, barrier});
+  emulated().copies.push_back({to, map, row, column, barrier, 0});
+}
+inline void copy_box_to_cluster(std::uint32_t to, const TensorMap& map, int row, int column,
+                                std::uint32_t barrier, int blocks, std::uint64_t) {
+  emulated().at(to, static_cast<std::size_t>(map.box_rows) * kRowBytes);
+  emulated().copies.push_back({to, map, row, column, barrier, static_cast<unsigned>(blocks)});
 }
 inline void publish_to_async_proxy() {}
 
@@ -491,6 +570,11 @@ struct Product {
   }
   static void along_columns(float (&d)[N / 2], const std::uint32_t* a, std::uint64_t b) {
     emulated().matrix_call(call(emulator::MatrixCall::kAlongColumns, b), d, a);
+  }
+  static void along_columns(float (&d)[N / 2], std::uint64_t a, std::uint64_t b) {
+    emulator::MatrixCall mine = call(emulator::MatrixCall::kBothShared, b);
+    mine.a = a;
+    emulated().matrix_call(mine, d, nullptr);
   }
 };
 

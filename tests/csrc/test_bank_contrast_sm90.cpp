@@ -21,14 +21,17 @@ constexpr int kRegisters = 64 << 10;     // of a multiprocessor
 const Weighing kWeighings[] = {Weighing::kFixedShift, Weighing::kRunningMaximum, Weighing::kNce};
 
 void test_tiles_fit_the_multiprocessor() {
-  for (const int D : {64, 128, 256}) {
+  for (const int D : {64, 128, 256, 384, 512}) {
     for (const Weighing weighing : kWeighings) {
       const PassTile tile = pass_tile(D, weighing);
       const SharedLayout at = shared_layout(D, weighing);
       CHECK(at.bytes <= kSharedLimit);
       CHECK(at.query_bytes % kSwizzleBytes == 0 && at.tile_bytes % kSwizzleBytes == 0);
       CHECK(at.tiles % kSwizzleBytes == 0 && panel_bytes(tile.block_k) % kSwizzleBytes == 0);
-      CHECK(at.columns % 16 == 0 && at.barriers % 8 == 0);
+      CHECK(at.weights % kSwizzleBytes == 0 && at.weight_bytes % kSwizzleBytes == 0);
+      // Blocks of a cluster of two bring whole patterns each.
+      CHECK(!is_wide(D) || tile.block_k / 2 * kRowBytes % kSwizzleBytes == 0);
+      CHECK(at.columns % 16 == 0 && at.exchange % 4 == 0 && at.barriers % 8 == 0);
       CHECK(tile.block_k % kProductDepth == 0);
       // A block starts with as many registers as its threads divide evenly, in steps of 8; what
       // the producer gives back is what consumers take.
@@ -44,19 +47,23 @@ void test_tiles_fit_the_multiprocessor() {
 // Every pair of a query and a bank row belongs to one item.
 void test_plan_covers(int B, int K, int D, Weighing weighing, int multiprocessors) {
   const Plan plan = make_plan(B, K, D, weighing, multiprocessors);
-  CHECK(plan.row_tiles * plan.block_b >= B && (plan.row_tiles - 1) * plan.block_b < B);
+  CHECK(plan.row_tiles * plan.block_b >= B && (plan.row_tiles - plan.cluster) * plan.block_b < B);
   CHECK(!plan.alternate || plan.num_items <= multiprocessors);
+  CHECK(plan.cluster == 1 || (is_wide(padded_dim(D)) && plan.row_tiles % plan.cluster == 0));
+  CHECK(plan.cluster <= multiprocessors);
+  CHECK(box_rows(plan) * plan.cluster == pass_tile(padded_dim(D), weighing).block_k);
   CHECK(plan.splits <= 1 || partial_bytes(plan.splits, B, D) <= kMaxPartialBytes);
   for (const Weighing of_items : {weighing, Weighing::kRunningMaximum}) {
     const Plan p = with_same_splits(plan, of_items);
+    CHECK(p.row_tiles * p.block_b >= B);
     int row = 0;
     for (int split = 0; split < p.splits; ++split) {
       for (int row_tile = 0; row_tile < p.row_tiles; ++row_tile) {
         const Item item = item_at(p, split * p.row_tiles + row_tile);
         CHECK(item.split == split && item.row_tile == row_tile);
-        CHECK(item.first_row == row && item.num_tiles > 0);
-        CHECK(tile_row(p, item, item.num_tiles - 1) == item.first_row);
-        const int last = tile_row(p, item, 0);
+        CHECK(item.first_row == row && item.num_steps > 0);
+        CHECK(step_row(p, item, item.num_steps - 1) == item.first_row);
+        const int last = step_row(p, item, 0);
         CHECK(last < item.end_row && item.end_row <= last + p.block_k);
         if (row_tile == p.row_tiles - 1) row = item.end_row;
       }
@@ -70,7 +77,7 @@ void test_plans() {
     for (const int multiprocessors : {1, 7, 132}) {
       for (const int B : {1, 63, 64, 65, 128, 200, 1024, 4097}) {
         for (const int K : {0, 1, 79, 80, 128, 129, 5000, 65536}) {
-          for (const int D : {8, 64, 72, 128, 200, 256})
+          for (const int D : {8, 64, 72, 128, 200, 256, 264, 384, 512})
             test_plan_covers(B, K, D, weighing, multiprocessors);
         }
       }
@@ -79,7 +86,7 @@ void test_plans() {
   // The named shapes keep at least 94 % of 132 multiprocessors busy.
   const int shapes[][3] = {{32, 65536, 128},   {64, 1 << 20, 128},   {256, 65536, 128},
                            {1024, 65536, 128}, {4096, 1 << 20, 128}, {4096, 65536, 64},
-                           {4096, 65536, 256}};
+                           {4096, 65536, 256}, {4096, 65536, 512},   {1024, 65536, 384}};
   for (const auto& shape : shapes) {
     const Plan plan = make_plan(shape[0], shape[1], shape[2], Weighing::kFixedShift, 132);
     const int waves = ceil_div(plan.num_items, 132);
@@ -91,7 +98,7 @@ void test_plans() {
     const Plan largest = make_plan(1, int{kMaxRows}, 64, weighing, 132);
     const Item last = item_at(largest, largest.num_items - 1);
     CHECK(last.end_row == kMaxRows);
-    CHECK(std::int64_t{tile_row(largest, last, 0)} + 2 * largest.block_k <= INT32_MAX);
+    CHECK(std::int64_t{step_row(largest, last, 0)} + 2 * largest.block_k <= INT32_MAX);
   }
 }
 
@@ -142,7 +149,10 @@ struct EmulatedLauncher {
     with_element(dtype, [&](auto element) {
       using Element = decltype(element);
       emulator::launch(ceil_div(B, kCombineWarps), kCombineWarps * kWarp, 0, eager, seed, [&] {
-        prepare_queries(static_cast<Element*>(unit), query, B, D, normalize);
+        if (combined_dim(D) == kMaxDim)
+          prepare_queries<kMaxDim>(static_cast<Element*>(unit), query, B, D, normalize);
+        else
+          prepare_queries<256>(static_cast<Element*>(unit), query, B, D, normalize);
       });
     });
     return nullptr;
@@ -152,8 +162,10 @@ struct EmulatedLauncher {
   const char* run_pass(const MatrixMap& queries, const MatrixMap& bank, const PassArguments& a,
                        int blocks) const {
     CHECK(why_not_mapped(queries) == nullptr && why_not_mapped(bank) == nullptr);
-    emulator::launch(blocks, num_threads(Config::kTile), Config::kLayout.bytes, eager, seed,
-                     [&] { bank_contrast_pass<Config>(queries, bank, a, emulator::kSharedBase); });
+    emulator::launch(
+        blocks, num_threads(Config::kTile), Config::kLayout.bytes, eager, seed,
+        [&] { bank_contrast_pass<Config>(queries, bank, a, emulator::kSharedBase); },
+        a.plan.cluster);
     return nullptr;
   }
 
@@ -174,16 +186,23 @@ struct EmulatedLauncher {
       const int D = padded_dim(a.plan.D);
       if (D == 64) return run_pass<Element, 64>(weighing, queries, bank, a, blocks);
       if (D == 128) return run_pass<Element, 128>(weighing, queries, bank, a, blocks);
-      return run_pass<Element, 256>(weighing, queries, bank, a, blocks);
+      if (D == 256) return run_pass<Element, 256>(weighing, queries, bank, a, blocks);
+      if (D == 384) return run_pass<Element, 384>(weighing, queries, bank, a, blocks);
+      return run_pass<Element, 512>(weighing, queries, bank, a, blocks);
     });
     return nullptr;
   }
 
   const char* combine(DType dtype, const CombineArguments& a, int blocks) const {
-    std::vector<double> exchange(kCombineWarps * (kMaxDim + 1), std::nan(""));
+    std::vector<double> exchange(combine_doubles(combined_dim(a.D)), std::nan(""));
     with_element(dtype, [&](auto element) {
-      emulator::launch(blocks, kCombineWarps * kWarp, 0, eager, seed,
-                       [&] { combine_splits<decltype(element)>(a, exchange.data()); });
+      using Element = decltype(element);
+      emulator::launch(blocks, kCombineWarps * kWarp, 0, eager, seed, [&] {
+        if (combined_dim(a.D) == kMaxDim)
+          combine_splits<kMaxDim, Element>(a, exchange.data());
+        else
+          combine_splits<256, Element>(a, exchange.data());
+      });
     });
     return nullptr;
   }
@@ -428,9 +447,20 @@ int main() {
   std::vector<Case> cases;
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     // Alternating consumers, one and more row tiles, a tail in rows, in the bank and in columns.
-    const int sizes[][3] = {{1, 1, 8},      {64, 1000, 64}, {65, 130, 64},
-                            {200, 700, 64}, {5, 300, 128},  {129, 897, 128},
-                            {300, 500, 96}, {33, 500, 256}, {130, 400, 200}};
+    const int sizes[][3] = {{1, 1, 8},
+                            {64, 1000, 64},
+                            {65, 130, 64},
+                            {200, 700, 64},
+                            {5, 300, 128},
+                            {129, 897, 128},
+                            {300, 500, 96},
+                            {33, 500, 256},
+                            {130, 400, 200},
+                            // wide rows, in clusters from 65 queries on
+                            {1, 1, 264},
+                            {40, 700, 384},
+                            {128, 450, 512},
+                            {130, 300, 320}};
     for (const auto& size : sizes) {
       for (const bool eager : {false, true}) {
         Case c{size[0], size[1], size[2], dtype};
@@ -448,11 +478,25 @@ int main() {
     }
     for (const double temperature : {1e-3, 0.01, 0.0231, 0.5, 100.0}) {
       for (const bool on_device : {false, true}) {
-        Case c{70, 700, 128, dtype, temperature};
-        c.on_device = on_device;
-        cases.push_back(c);
+        for (const int D : {128, 384}) {
+          Case c{70, 700, D, dtype, temperature};
+          c.on_device = on_device;
+          cases.push_back(c);
+        }
       }
     }
+    for (const int D : {296, 512}) {  // a row tile without queries; many items a block
+      Case wide{530, 600, D, dtype};
+      wide.multiprocessors = D == 512 ? 2 : 5;
+      cases.push_back(wide);
+      wide.labels = wide.valid = true;
+      cases.push_back(wide);
+    }
+    Case far{100, 600, 400, dtype};
+    far.bank_norm = 20;  // a maximum that grows in one tile and not in the other
+    cases.push_back(far);
+    far.opposed = true;
+    cases.push_back(far);
     Case c{70, 700, 64, dtype};
     c.bank_norm = 20;  // sums overflow a fixed shift
     cases.push_back(c);

@@ -1,0 +1,235 @@
+// The consumers of a pass of bank_contrast over more than 256 columns. Both have the block's 64
+// queries, whose sums they divide by columns: each weighs one of a step's two tiles, leaves the
+// weights in shared memory for the other one, and adds the rows of both tiles in its columns. Tiles
+// come and go in halves of their columns, so that the copy engine is at work while the other half
+// is still read.
+#pragma once
+
+#include <cstdint>
+
+#include "sm90/bank_contrast_producer.h"
+#include "sm90/device.h"
+#include "sm90/weighing.h"
+
+namespace codir_fast {
+namespace sm90 {
+
+// What a consumer's thread holds of its item: two queries' parts. kMe: 0 or 1, the consumer; it has
+// the kMe-th tile of a step and the kMe-th half of the columns.
+template <typename Config, int kMe>
+struct WideConsumer {
+  using Element = typename Config::Element;
+  static constexpr int kBlockK = Config::kBlockK;
+  static constexpr int kStages = Config::kTile.stages;
+  static constexpr int kColumns = Config::kD / 2;
+  static constexpr int kOther = 1 - kMe;
+
+  Shared<Config> shared;
+  const PassArguments& a;
+  Weigher<Config::kWeighing> weigher;
+  float rows[kColumns / 2];
+  std::uint32_t weights[kBlockK / 4];
+
+  CODIR_FAST_DEVICE WideConsumer(Shared<Config> shared, const PassArguments& a)
+      : shared(shared), a(a), weigher(a.inv_temperature, a.log_partition, a.log_noise, a.extra) {}
+
+  static CODIR_FAST_DEVICE int thread() { return thread_index() % kWarpgroup; }
+
+  // The first of this thread's two queries within the block, the other is 8 further.
+  static CODIR_FAST_DEVICE int first_row() { return thread() / 32 * 16 + thread() % 32 / 4; }
+  CODIR_FAST_DEVICE int first_query(const Item& item) const {
+    return item.row_tile * a.plan.block_b + first_row();
+  }
+
+  // Of the block's `number`-th tile: a half of its columns; all of it, described.
+  CODIR_FAST_DEVICE void wait_for_half(int number, int half) const {
+    const RingPlace place = ring_place(number, kStages);
+    barrier_wait(shared.full(2 * place.stage + half), place.phase);
+  }
+  CODIR_FAST_DEVICE void wait_for_description(int number) const {
+    const RingPlace place = ring_place(number, kStages);
+    if (Config::kMasked) barrier_wait(shared.ready(place.stage), place.phase);
+  }
+
+  // This consumer's half of the tile, in every block that the tile was copied to. Whoever weighed
+  // the tile has read all of it before its weights were there to be read.
+  CODIR_FAST_DEVICE void release_half(int number) const {
+    const int lane = thread() % 32;
+    barrier_arrive_in_block(shared.empty(2 * (number % kStages) + kMe), lane,
+                            lane < a.plan.cluster);
+  }
+
+  CODIR_FAST_DEVICE void start_logits(float (&logits)[kBlockK / 2], int number) const {
+    const std::uint64_t queries = forget(along_rows(shared.queries(0)));
+    const std::uint64_t tile = along_rows(shared.tile(number % kStages));
+#pragma unroll
+    for (int step = 0; step < Config::kD / kProductDepth; ++step) {
+      Product<Element, kBlockK>::along_rows(logits, along_rows(queries, kConsumerRows, step),
+                                            along_rows(tile, kBlockK, step), step > 0);
+    }
+    product_commit();
+  }
+
+  CODIR_FAST_DEVICE std::uint64_t my_columns(int number) const {
+    return along_columns(shared.part(2 * (number % kStages) + kMe), kBlockK);
+  }
+
+  CODIR_FAST_DEVICE void start_rows_of_mine(int number) {
+    const std::uint64_t tile = my_columns(number);
+#pragma unroll
+    for (int step = 0; step < kBlockK / kProductDepth; ++step) {
+      Product<Element, kColumns>::along_columns(rows, weights + 4 * step,
+                                                along_columns(tile, step));
+    }
+    product_commit();
+  }
+
+  CODIR_FAST_DEVICE void start_rows_of_other(int number) {
+    const std::uint64_t tile = my_columns(number);
+    const std::uint64_t theirs = along_rows(shared.weights(number % kStages));
+#pragma unroll
+    for (int step = 0; step < kBlockK / kProductDepth; ++step) {
+      Product<Element, kColumns>::along_columns(rows, along_rows(theirs, kConsumerRows, step),
+                                                along_columns(tile, step));
+    }
+    product_commit();
+  }
+
+  // Makes the largest logits of a step those of both tiles: sums of all columns go by one maximum.
+  CODIR_FAST_DEVICE void agree(float (&largest)[2], int number) const {
+    const int value = number / 2 % 2;  // what the other one may still read is of the step before
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (thread() % 4 == 0)
+        store_shared_float(shared.exchange(kMe, value, first_row() + 8 * r), largest[r]);
+    }
+    named_barrier_sync(kAllConsumers, 2 * kWarpgroup);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float other = load_shared_float(shared.exchange(kOther, value, first_row() + 8 * r));
+      largest[r] = largest[r] < other ? other : largest[r];
+    }
+  }
+
+  // In registers for this consumer's product, and in shared memory, swizzled, for the other one's.
+  CODIR_FAST_DEVICE void pack_weights(const float (&logits)[kBlockK / 2], int number) {
+    const float scale = Config::kScalesWeights ? kHalfWeightScale : 1.0f;
+    const std::uint32_t panel = shared.weights(number % kStages);
+#pragma unroll
+    for (int i = 0; i < kBlockK / 4; ++i) {
+      weights[i] = pack<Element>(logits[2 * i] * scale, logits[2 * i + 1] * scale);
+      const int row = first_row() + i % 2 * 8, byte = i / 2 * 16 + thread() % 4 * 4;
+      store_shared_word(panel + row * kRowBytes + (byte ^ row % 8 * 16), weights[i]);
+    }
+    publish_to_async_proxy();
+  }
+
+  // Sums over the item's tiles; `number` is that of its first tile in the ring. The consumers take
+  // turns with the first product: while the second one's runs, the first one weighs.
+  CODIR_FAST_DEVICE void scan(const Item& item, int number) {
+    weigher.begin(a.labels, a.exclude_index, first_query(item), a.plan.B, a.plan.K);
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) rows[i] = 0;
+    int row = step_row(a.plan, item, 0) + kMe * kBlockK;  // of the bank, where my tile begins
+    for (const int end = number + 2 * item.num_steps; number < end; number += 2) {
+      const int mine = number + kMe, other = number + kOther;
+      float logits[kBlockK / 2];
+      wait_for_half(mine, 0);
+      wait_for_half(mine, 1);
+      wait_for_description(mine);
+      named_barrier_sync(kFirstTurn + kMe, 2 * kWarpgroup);
+      product_fence();
+      start_logits(logits, mine);
+      named_barrier_arrive(kFirstTurn + kOther, 2 * kWarpgroup, true);
+      product_wait<0>();
+      if (!Config::kMasked && row + kBlockK > item.end_row) weigher.cut(logits, item.end_row - row);
+      weigher.weigh(logits, row, shared.columns(mine % kStages),
+                    [&](float (&largest)[2]) { agree(largest, number); });
+      row -= a.plan.block_k;
+      weigher.rescale(rows);
+      pack_weights(logits, mine);
+      // Two for each consumer: it may come to the next step's before the other one went by this
+      // one's.
+      const int weighed = kFirstWeights + number / 2 % 2 * 2;
+      named_barrier_arrive(weighed + kMe, 2 * kWarpgroup, true);
+      wait_for_half(other, kMe);
+      wait_for_description(other);  // rows that are not valid are 0 from then on
+      product_fence();
+      // The step's first tile first: its place is wanted first.
+      if (kMe == 0) start_rows_of_mine(mine);
+      named_barrier_sync(weighed + kOther, 2 * kWarpgroup);
+      start_rows_of_other(other);
+      if (kMe == 1) start_rows_of_mine(mine);
+      product_wait<1>();
+      release_half(number);
+      product_wait<0>();
+      release_half(number + 1);
+    }
+  }
+
+  // Adds the second consumer's finished totals to the first one's.
+  CODIR_FAST_DEVICE void merge(int number) {
+    const int value = number / 2 % 2;  // as agree would take next
+    if (kMe == 1) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        store_shared_float(shared.exchange(1, value, first_row() + 8 * r), weigher.total[r]);
+      named_barrier_arrive(kAllConsumers, 2 * kWarpgroup, true);
+      return;
+    }
+    named_barrier_sync(kAllConsumers, 2 * kWarpgroup);
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      weigher.total[r] += load_shared_float(shared.exchange(1, value, first_row() + 8 * r));
+  }
+
+  CODIR_FAST_DEVICE void store(const Item& item) const {
+    const Plan& plan = a.plan;
+    const float scale = Config::kScalesWeights ? 1 / kHalfWeightScale : 1.0f;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = first_query(item) + 8 * r;
+      if (query >= plan.B) continue;
+      const std::int64_t at = std::int64_t{item.split} * plan.B + query;
+      if (kMe == 0 && thread() % 4 == 0) {
+        a.maximum[at] = weigher.maximum[r];
+        a.total[at] = weigher.total[r];
+      }
+#pragma unroll
+      for (int i = 0; i < kColumns / 8; ++i) {
+        const int column = kMe * kColumns + 8 * i + 2 * (thread() % 4);
+        if (column >= plan.D) continue;
+        store_pair(a.rows + at * plan.D + column, rows[4 * i + 2 * r] * scale,
+                   rows[4 * i + 2 * r + 1] * scale);
+      }
+    }
+  }
+};
+
+template <typename Config, int kMe>
+CODIR_FAST_DEVICE void consume_wide(Shared<Config> shared, const PassArguments& a) {
+  WideConsumer<Config, kMe> consumer(shared, a);
+  if (kMe == 1) named_barrier_arrive(kFirstTurn, 2 * kWarpgroup, true);
+  int number = 0;
+  // NCE leaves no register for the number of items so far, nor for where it is kept.
+  const auto kept = [&] { return shared.item(forget(thread_index()) / 32 - kWarpgroup / 32); };
+  const auto item_of = [&](int round) { return block_index() + round * num_blocks(); };
+  for (int round = 0; item_of(round) < a.plan.num_items; round = load_shared_word(kept()) + 1) {
+    sync_warp();  // all its threads have read the number before
+    store_shared_word(kept(), round);
+    const Item item = item_at(a.plan, item_of(round));
+    barrier_wait(shared.queries_full(), round & 1);
+    consumer.scan(item, number);
+    if (consumer.thread() % 32 == 0) barrier_arrive(shared.queries_empty());
+    number += 2 * item.num_steps;
+    let_next_grid_begin();
+    consumer.weigher.finish();
+    consumer.merge(number);
+    consumer.store(item_at(a.plan, item_of(load_shared_word(kept()))));
+  }
+  // Nobody is left waiting at a barrier when the block ends.
+  if (kMe == 0) named_barrier_sync(kFirstTurn, 2 * kWarpgroup);
+}
+
+}  // namespace sm90
+}  // namespace codir_fast
