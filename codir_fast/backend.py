@@ -36,7 +36,7 @@ AUTO = {
     **{("cuda", op): ("triton", "torch") for op in OPS},
 }
 _TRITON_MAX_DIM = 4096
-_CUDA_MAX_DIM = 256
+_CUDA_MAX_DIM = 512
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 

@@ -1,5 +1,5 @@
 // bank_contrast on GPUs of compute capability 9.0 (sm_90a code): the operator of bank_contrast.h in
-// bfloat16 or float16, D up to 256, hand-written. One pass over the bank, its sums merged by a
+// bfloat16 or float16, D up to 512, hand-written. One pass over the bank, its sums merged by a
 // second kernel; nothing of size B x K exists. All memory is the caller's, on the device but where
 // told. Nothing waits for the device.
 #pragma once
@@ -22,7 +22,7 @@ struct BankContrastSm90 {
   const std::int64_t* bank_labels;
   const std::int64_t* exclude_index;
   const bool* valid;
-  std::int64_t B, K, D;  // up to 2^31 - 256; D a multiple of 8, up to 256
+  std::int64_t B, K, D;  // up to 2^31 - 256; D a multiple of 8, up to 512
   DType dtype;           // kBFloat16 or kFloat16
   sm90::Scalar inv_temperature;
   Objective objective;

@@ -89,7 +89,7 @@ def test_unknown_name():
         ("cpu", "bank_contrast", CUDA, "it needs tensors on the CPU; backends that can: ['torch']"),
         ("cuda", "bank_contrast", CPU, "it takes bfloat16 and float16, `query` is torch.float32"),
         ("cuda", "bank_contrast", replace(CPU, dtype=torch.float16), "tensors on a CUDA GPU"),
-        ("cuda", "bank_contrast", replace(HALF, shape=(2, 264)), "D is 264, it takes multiples of"),
+        ("cuda", "bank_contrast", replace(HALF, shape=(2, 520)), "D is 520, it takes multiples of"),
         ("cuda", "bank_contrast", replace(HALF, shape=(2, 12)), "D is 12, it takes multiples of 8"),
         ("cuda", "masked_pool", CPU, "it needs tensors on a CUDA GPU"),
         ("cuda", "indexed_contrast", HALF, "it has no indexed_contrast"),

@@ -198,17 +198,17 @@ CODIR_FAST_DEVICE void consume_narrow(Shared<Config> shared, const PassArguments
   if (consumer.warpgroup() == kConsumers - 1)
     named_barrier_arrive(kFirstTurn, 2 * kWarpgroup, !alternate);
   int number = 0;
-  for (int at = block_index(); at < a.plan.num_items; at += num_blocks()) {
-    const Item item = item_at(a.plan, at);
-    barrier_wait(shared.queries_full(), round_of(at) & 1);
+  const ItemsOfBlock<Config> items{shared, a};
+  for (int round = 0; items.has(round); round = items.next_round()) {
+    const Item item = items.begin(round);
+    barrier_wait(shared.queries_full(), round & 1);
     consumer.scan(item, number, alternate ? consumer.warpgroup() : 0, alternate ? kConsumers : 1);
     if (consumer.thread() % 32 == 0) barrier_arrive(shared.queries_empty());
     number += item.num_steps;
     let_next_grid_begin();
     consumer.weigher.finish();
     if (alternate) consumer.merge();
-    // The item is worked out again: it takes fewer registers than to keep it.
-    if (!alternate || consumer.warpgroup() == 0) consumer.store(item_at(a.plan, forget(at)));
+    if (!alternate || consumer.warpgroup() == 0) consumer.store(items.again());
   }
   // Nobody is left waiting at a barrier when the block ends.
   if (consumer.warpgroup() == 0) consumer.take_turn();

@@ -70,10 +70,10 @@ struct SharedLayout {
   int queries, tiles, weights, columns, exchange, items, barriers, bytes;
 };
 
-// Weights, exchange and items are of wide rows: a tile's weights for the other consumer, as a
-// panel; two numbers of each query and consumer; a number of each warp (see WideConsumer). Barriers
-// of 8 bytes, in this order: full for each part of a stage, ready for each stage, empty for each
-// part, queries full and empty.
+// Weights and exchange are of wide rows: a tile's weights for the other consumer, as a panel; a
+// number of each query from each consumer (see WideConsumer). Items: see ItemsOfBlock. Barriers of
+// 8 bytes, in this order: full for each part of a stage, ready for each stage, empty for each part,
+// queries full and empty.
 CODIR_FAST_HOST_DEVICE constexpr SharedLayout shared_layout(int padded_dim, Weighing weighing) {
   const PassTile tile = pass_tile(padded_dim, weighing);
   SharedLayout at{};
@@ -85,8 +85,8 @@ CODIR_FAST_HOST_DEVICE constexpr SharedLayout shared_layout(int padded_dim, Weig
   at.weights = at.tiles + tile.stages * at.tile_bytes;
   at.columns = at.weights + tile.stages * at.weight_bytes;
   at.exchange = at.columns + tile.stages * tile.block_k * kColumnBytes;
-  at.items = at.exchange + (is_wide(padded_dim) ? 2 * tile.consumers * kConsumerRows * 4 : 0);
-  at.barriers = at.items + (is_wide(padded_dim) ? tile.consumers * (kWarpgroup / 32) * 4 : 0);
+  at.items = at.exchange + (is_wide(padded_dim) ? tile.consumers * kConsumerRows * 4 : 0);
+  at.barriers = at.items + (tile.consumers * (kWarpgroup / 32) * 4 + 7) / 8 * 8;
   at.bytes = at.barriers + ((2 * num_parts(padded_dim) + 1) * tile.stages + 2) * 8;
   return at;
 }

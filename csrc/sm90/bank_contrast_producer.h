@@ -68,13 +68,11 @@ struct Shared {
   CODIR_FAST_DEVICE std::uint32_t columns(int stage) const {
     return base + Config::kLayout.columns + stage * Config::kBlockK * kColumnBytes;
   }
-  // A number that each of the consumers' warps keeps.
-  CODIR_FAST_DEVICE std::uint32_t item(int warp) const {
+  CODIR_FAST_DEVICE std::uint32_t items(int warp) const {
     return base + Config::kLayout.items + 4 * warp;
   }
-  // Number `value` of the two that a consumer keeps of each of its queries.
-  CODIR_FAST_DEVICE std::uint32_t exchange(int consumer, int value, int query) const {
-    return base + Config::kLayout.exchange + 4 * ((2 * consumer + value) * kConsumerRows + query);
+  CODIR_FAST_DEVICE std::uint32_t exchange(int consumer, int query) const {
+    return base + Config::kLayout.exchange + 4 * (consumer * kConsumerRows + query);
   }
   // The copy engine has brought the part of a tile; the tile's rows are described (masked pass);
   // the part may be overwritten.
@@ -95,7 +93,7 @@ struct Shared {
 };
 
 constexpr int kDescribers = kWarpgroup - 32;  // threads: all of the producer's but its first warp
-// Named barriers: one for each consumer's turn, one for all consumers, two for the weights of each.
+// Named barriers: one for each consumer's turn, one for all consumers, one for the weights of each.
 constexpr int kFirstTurn = 1, kAllConsumers = 4, kFirstWeights = 5;
 
 template <typename Config>
@@ -115,8 +113,28 @@ CODIR_FAST_DEVICE void init_barriers(Shared<Config> shared, const Plan& plan) {
   publish_barriers();
 }
 
-// How many items the block took up before this one.
-CODIR_FAST_DEVICE int round_of(int item) { return item / num_blocks(); }
+// The items of the block, one after the other, for consumers: sigmoids leave no register for the
+// number of items so far, nor for where it is kept, in shared memory for each warp.
+template <typename Config>
+struct ItemsOfBlock {
+  Shared<Config> shared;
+  const PassArguments& a;
+
+  CODIR_FAST_DEVICE bool has(int round) const { return number(round) < a.plan.num_items; }
+  CODIR_FAST_DEVICE Item begin(int round) const {
+    sync_warp();  // all its threads have read the number before
+    store_shared_word(kept(), round);
+    return item_at(a.plan, number(round));
+  }
+  CODIR_FAST_DEVICE Item again() const { return item_at(a.plan, number(load_shared_word(kept()))); }
+  CODIR_FAST_DEVICE int next_round() const { return load_shared_word(kept()) + 1; }
+
+ private:
+  CODIR_FAST_DEVICE int number(int round) const { return block_index() + round * num_blocks(); }
+  CODIR_FAST_DEVICE std::uint32_t kept() const {
+    return shared.items(forget(thread_index()) / 32 - kWarpgroup / 32);
+  }
+};
 
 // Bank row at which the n-th tile of an item begins.
 template <typename Config>
@@ -137,7 +155,7 @@ CODIR_FAST_DEVICE void copy_part(Shared<Config> shared, const TensorMap& bank,
   for (int panel = 0; panel < Config::kPartPanels; ++panel) {
     const std::uint32_t to = shared.part(place.stage) + panel * panel_bytes(Config::kBlockK);
     const int column = (number % Config::kParts * Config::kPartPanels + panel) * kPanelColumns;
-    if (Config::kWide) {
+    if (Config::kWide && a.plan.cluster > 1) {
       const int first = block_of_cluster() * (Config::kBlockK / a.plan.cluster);
       copy_box_to_cluster(to + first * kRowBytes, bank, row + first, column, full,
                           (1 << a.plan.cluster) - 1, policy);
@@ -152,8 +170,8 @@ template <typename Config>
 CODIR_FAST_DEVICE void copy_tiles(Shared<Config> shared, const TensorMap& queries,
                                   const TensorMap& bank, const PassArguments& a) {
   constexpr int kStages = Config::kTile.stages;
-  int number = 0;  // parts of tiles so far
-  for (int at = block_index(); at < a.plan.num_items; at += num_blocks()) {
+  int number = 0, round = 0;  // parts of tiles, and items, so far
+  for (int at = block_index(); at < a.plan.num_items; at += num_blocks(), ++round) {
     const Item item = item_at(a.plan, at);
     const int num_tiles = item.num_steps * Config::kParts;
     // The queries may come from a kernel that still runs; tiles of the bank need not wait for it.
@@ -163,7 +181,7 @@ CODIR_FAST_DEVICE void copy_tiles(Shared<Config> shared, const TensorMap& querie
       for (int part = 0; part < Config::kParts; ++part) copy_part(shared, bank, a, row, number++);
       if (n != ahead) continue;
       const int warpgroups = Config::kWide || a.plan.alternate ? 1 : Config::kTile.consumers;
-      barrier_wait(shared.queries_empty(), (round_of(at) & 1) ^ 1);
+      barrier_wait(shared.queries_empty(), (round & 1) ^ 1);
       wait_for_previous_grid();
       barrier_expect(shared.queries_full(), warpgroups * Config::kLayout.query_bytes);
       for (int w = 0; w < warpgroups; ++w) {

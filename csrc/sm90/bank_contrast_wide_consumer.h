@@ -41,13 +41,10 @@ struct WideConsumer {
     return item.row_tile * a.plan.block_b + first_row();
   }
 
-  // Of the block's `number`-th tile: a half of its columns; all of it, described.
-  CODIR_FAST_DEVICE void wait_for_half(int number, int half) const {
+  CODIR_FAST_DEVICE void wait_for_tile(int number) const {
     const RingPlace place = ring_place(number, kStages);
-    barrier_wait(shared.full(2 * place.stage + half), place.phase);
-  }
-  CODIR_FAST_DEVICE void wait_for_description(int number) const {
-    const RingPlace place = ring_place(number, kStages);
+    barrier_wait(shared.full(2 * place.stage), place.phase);
+    barrier_wait(shared.full(2 * place.stage + 1), place.phase);
     if (Config::kMasked) barrier_wait(shared.ready(place.stage), place.phase);
   }
 
@@ -96,17 +93,17 @@ struct WideConsumer {
   }
 
   // Makes the largest logits of a step those of both tiles: sums of all columns go by one maximum.
-  CODIR_FAST_DEVICE void agree(float (&largest)[2], int number) const {
-    const int value = number / 2 % 2;  // what the other one may still read is of the step before
+  // The other one has read what is overwritten here: it left its weights after that.
+  CODIR_FAST_DEVICE void agree(float (&largest)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (thread() % 4 == 0)
-        store_shared_float(shared.exchange(kMe, value, first_row() + 8 * r), largest[r]);
+        store_shared_float(shared.exchange(kMe, first_row() + 8 * r), largest[r]);
     }
     named_barrier_sync(kAllConsumers, 2 * kWarpgroup);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float other = load_shared_float(shared.exchange(kOther, value, first_row() + 8 * r));
+      const float other = load_shared_float(shared.exchange(kOther, first_row() + 8 * r));
       largest[r] = largest[r] < other ? other : largest[r];
     }
   }
@@ -114,12 +111,14 @@ struct WideConsumer {
   // In registers for this consumer's product, and in shared memory, swizzled, for the other one's.
   CODIR_FAST_DEVICE void pack_weights(const float (&logits)[kBlockK / 2], int number) {
     const float scale = Config::kScalesWeights ? kHalfWeightScale : 1.0f;
-    const std::uint32_t panel = shared.weights(number % kStages);
+    const std::uint32_t to =
+        shared.weights(number % kStages) + first_row() * kRowBytes + thread() % 4 * 4;
+    // Worked out anew for each tile: what it is exchanged to would stay in registers.
+    const int swizzle = forget(first_row() % 8 * 16);
 #pragma unroll
     for (int i = 0; i < kBlockK / 4; ++i) {
       weights[i] = pack<Element>(logits[2 * i] * scale, logits[2 * i + 1] * scale);
-      const int row = first_row() + i % 2 * 8, byte = i / 2 * 16 + thread() % 4 * 4;
-      store_shared_word(panel + row * kRowBytes + (byte ^ row % 8 * 16), weights[i]);
+      store_shared_word(to + i % 2 * kSwizzleBytes + (i / 2 * 16 ^ swizzle), weights[i]);
     }
     publish_to_async_proxy();
   }
@@ -134,9 +133,7 @@ struct WideConsumer {
     for (const int end = number + 2 * item.num_steps; number < end; number += 2) {
       const int mine = number + kMe, other = number + kOther;
       float logits[kBlockK / 2];
-      wait_for_half(mine, 0);
-      wait_for_half(mine, 1);
-      wait_for_description(mine);
+      wait_for_tile(mine);
       named_barrier_sync(kFirstTurn + kMe, 2 * kWarpgroup);
       product_fence();
       start_logits(logits, mine);
@@ -144,20 +141,19 @@ struct WideConsumer {
       product_wait<0>();
       if (!Config::kMasked && row + kBlockK > item.end_row) weigher.cut(logits, item.end_row - row);
       weigher.weigh(logits, row, shared.columns(mine % kStages),
-                    [&](float (&largest)[2]) { agree(largest, number); });
+                    [&](float (&largest)[2]) { agree(largest); });
       row -= a.plan.block_k;
       weigher.rescale(rows);
       pack_weights(logits, mine);
-      // Two for each consumer: it may come to the next step's before the other one went by this
-      // one's.
-      const int weighed = kFirstWeights + number / 2 % 2 * 2;
-      named_barrier_arrive(weighed + kMe, 2 * kWarpgroup, true);
-      wait_for_half(other, kMe);
-      wait_for_description(other);  // rows that are not valid are 0 from then on
+      // The second consumer goes by the first one's barrier before the first one can come to it
+      // again.
+      if (kMe == 1) named_barrier_sync(kFirstWeights, 2 * kWarpgroup);
+      named_barrier_arrive(kFirstWeights + kMe, 2 * kWarpgroup, true);
       product_fence();
-      // The step's first tile first: its place is wanted first.
+      // The step's first tile first: its place is wanted first. Whoever weighed the other tile has
+      // seen it come in, and its rows that are not valid turn to 0.
       if (kMe == 0) start_rows_of_mine(mine);
-      named_barrier_sync(weighed + kOther, 2 * kWarpgroup);
+      if (kMe == 0) named_barrier_sync(kFirstWeights + 1, 2 * kWarpgroup);
       start_rows_of_other(other);
       if (kMe == 1) start_rows_of_mine(mine);
       product_wait<1>();
@@ -168,19 +164,18 @@ struct WideConsumer {
   }
 
   // Adds the second consumer's finished totals to the first one's.
-  CODIR_FAST_DEVICE void merge(int number) {
-    const int value = number / 2 % 2;  // as agree would take next
+  CODIR_FAST_DEVICE void merge() {
     if (kMe == 1) {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        store_shared_float(shared.exchange(1, value, first_row() + 8 * r), weigher.total[r]);
+        store_shared_float(shared.exchange(1, first_row() + 8 * r), weigher.total[r]);
       named_barrier_arrive(kAllConsumers, 2 * kWarpgroup, true);
       return;
     }
     named_barrier_sync(kAllConsumers, 2 * kWarpgroup);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      weigher.total[r] += load_shared_float(shared.exchange(1, value, first_row() + 8 * r));
+      weigher.total[r] += load_shared_float(shared.exchange(1, first_row() + 8 * r));
   }
 
   CODIR_FAST_DEVICE void store(const Item& item) const {
@@ -211,21 +206,17 @@ CODIR_FAST_DEVICE void consume_wide(Shared<Config> shared, const PassArguments& 
   WideConsumer<Config, kMe> consumer(shared, a);
   if (kMe == 1) named_barrier_arrive(kFirstTurn, 2 * kWarpgroup, true);
   int number = 0;
-  // NCE leaves no register for the number of items so far, nor for where it is kept.
-  const auto kept = [&] { return shared.item(forget(thread_index()) / 32 - kWarpgroup / 32); };
-  const auto item_of = [&](int round) { return block_index() + round * num_blocks(); };
-  for (int round = 0; item_of(round) < a.plan.num_items; round = load_shared_word(kept()) + 1) {
-    sync_warp();  // all its threads have read the number before
-    store_shared_word(kept(), round);
-    const Item item = item_at(a.plan, item_of(round));
+  const ItemsOfBlock<Config> items{shared, a};
+  for (int round = 0; items.has(round); round = items.next_round()) {
+    const Item item = items.begin(round);
     barrier_wait(shared.queries_full(), round & 1);
     consumer.scan(item, number);
     if (consumer.thread() % 32 == 0) barrier_arrive(shared.queries_empty());
     number += 2 * item.num_steps;
     let_next_grid_begin();
     consumer.weigher.finish();
-    consumer.merge(number);
-    consumer.store(item_at(a.plan, item_of(load_shared_word(kept()))));
+    consumer.merge();
+    consumer.store(items.again());
   }
   // Nobody is left waiting at a barrier when the block ends.
   if (kMe == 0) named_barrier_sync(kFirstTurn, 2 * kWarpgroup);

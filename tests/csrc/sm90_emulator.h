@@ -111,6 +111,7 @@ struct Block {
   std::vector<std::vector<MatrixCall>> matrix_calls;  // by warpgroup
   ucontext_t scheduler;
   Fiber* current = nullptr;
+  int still_group = 0, still_for = 0;  // rounds
   std::function<void()> body;
 
   int thread() const { return static_cast<int>(current - fibers.data()); }
@@ -302,14 +303,21 @@ struct Block {
     return b.any_of_last;
   }
 
-  // Once around: whether anything went on.
+  // Once around: whether anything went on. Now and then a warpgroup stands still for a while.
   bool go_on() {
     bool progress = false;
+    if (still_for == 0 && random() % 16 == 0) {
+      still_group = static_cast<int>(random() % matrix_calls.size());
+      still_for = 1 + static_cast<int>(random() % 64);
+    }
+    const bool any_still = still_for > 0;
+    still_for -= any_still;
     std::vector<int> order(fibers.size());
     for (std::size_t n = 0; n < order.size(); ++n) order[n] = static_cast<int>(n);
     std::shuffle(order.begin(), order.end(), random);
     for (const int n : order) {
       Fiber& fiber = fibers[n];
+      if (any_still && n / kGroupThreads == still_group) continue;
       if (fiber.done || (fiber.may_go && !fiber.may_go())) continue;
       fiber.may_go = nullptr;
       progress = true;
@@ -320,7 +328,9 @@ struct Block {
       complete_copy(random() % copies.size());
       progress = true;
     }
-    return progress;
+    if (progress || !any_still) return progress;
+    still_for = 0;  // nothing else goes on
+    return true;
   }
 
   void check_end() const {

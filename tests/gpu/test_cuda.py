@@ -9,7 +9,7 @@ from cases import DIFFERENTIABLE, assert_right, make_case, results
 DTYPES = (torch.bfloat16, torch.float16)
 NO_SCALE = [(), ("exclude",), ("labels",), ("labels", "exclude", "valid")]
 # B, K, D: consumers that alternate and that do not, tails of queries, of the bank and of columns,
-# several items a block, more tiles than the ring has stages.
+# several items a block, more tiles than the ring has stages; wide rows, alone and in clusters.
 SIZES = [
     *itertools.product([1, 63, 64, 65, 127, 200], [1, 79, 1023], [8, 64, 104, 128, 256]),
     (1, 65536, 128),
@@ -18,6 +18,8 @@ SIZES = [
     (1025, 9999, 128),
     (4096, 16384, 256),
     (30000, 300, 128),
+    *((1, 1, 264), (65, 79, 384), (128, 1023, 512), (200, 5001, 320), (64, 20001, 512)),
+    *((1000, 20001, 384), (4096, 16384, 512)),
 ]
 QUERY_ONLY = ("query", "positive", "inv_temperature")
 
@@ -35,14 +37,17 @@ def test_sizes(device, dtype, size):
 
 @pytest.mark.parametrize(
     ("masks", "nce", "B", "D"),
-    itertools.product(NO_SCALE, [False, True], [20, 150, 700], [64, 128, 200]),
+    [
+        *itertools.product(NO_SCALE, [False, True], [20, 150, 700], [64, 128, 200]),
+        *itertools.product(NO_SCALE, [False, True], [128, 700], [384, 512]),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masks(device, dtype, masks, nce, B, D):
     assert_right(make_case(device, B, 4999, D, dtype=dtype, masks=masks, nce=nce), "cuda")
 
 
-@pytest.mark.parametrize("D", [24, 128, 256])
+@pytest.mark.parametrize("D", [24, 128, 256, 488])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normalize(device, dtype, D):
     assert_right(make_case(device, 150, 3000, D, dtype=dtype, normalize=True), "cuda")
@@ -58,11 +63,11 @@ def test_temperatures(device, dtype, on_device, temperature):
     assert_right(case, "cuda", QUERY_ONLY)
 
 
-@pytest.mark.parametrize("B", [40, 300])
+@pytest.mark.parametrize(("B", "D"), [(40, 128), (300, 128), (128, 384)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_that_are_not_unit_vectors(device, dtype, B):
+def test_rows_that_are_not_unit_vectors(device, dtype, B, D):
     """Sums of a fixed shift overflow, or vanish."""
-    case = make_case(device, B, 3000, 128, dtype=dtype)
+    case = make_case(device, B, 3000, D, dtype=dtype)
     case.bank *= 30
     upstream = torch.ones(B, device=device)
     found = results(case, upstream, "cuda", QUERY_ONLY)
@@ -71,17 +76,17 @@ def test_rows_that_are_not_unit_vectors(device, dtype, B):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("D", [64, 128, 256, 512])
 def test_clustered_bank(device, dtype, D):
     """64 clusters: sums of many like terms, in which a running float32 sum loses its digits."""
     assert_right(make_case(device, 64, 65536, D, dtype=dtype, clusters=64), "cuda", QUERY_ONLY)
 
 
-@pytest.mark.parametrize("B", [64, 700])
+@pytest.mark.parametrize(("B", "D"), [(64, 128), (700, 128), (700, 512)])
 @pytest.mark.parametrize("masks", [(), ("labels", "exclude")], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_20_runs_are_equal_bit_by_bit(device, dtype, masks, B):
-    case = make_case(device, B, 9000, 128, dtype=dtype, masks=masks)
+def test_20_runs_are_equal_bit_by_bit(device, dtype, masks, B, D):
+    case = make_case(device, B, 9000, D, dtype=dtype, masks=masks)
     upstream = torch.randn(B, device=device)
     first = results(case, upstream, "cuda", DIFFERENTIABLE)
     for _ in range(19):

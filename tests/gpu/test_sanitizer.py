@@ -41,7 +41,12 @@ def test_bank_contrast(device, shape):
 
 
 @pytest.mark.parametrize(
-    "size", [(1, 1, 8), (64, 700, 64), (130, 500, 128), (65, 301, 256), (70, 0, 72)], ids=str
+    "size",
+    [
+        *((1, 1, 8), (64, 700, 64), (130, 500, 128), (65, 301, 256), (70, 0, 72)),
+        *((128, 500, 384), (70, 300, 512)),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("masks", [(), ("labels", "exclude", "valid")], ids=str)
 def test_bank_contrast_by_cuda(device, needs_cuda_backend, size, masks):
