@@ -2,9 +2,9 @@
 // walks over its part of the bank, which one warp brings in by the copy engine through a ring of
 // tiles. Two or three consumer warpgroups, 64 queries each, multiply q.b, weigh the logits in
 // registers and multiply the weights with the rows of the same tile; they take turns at the matrix
-// units, so that one weighs while another multiplies. Nothing of size B x K exists: what leaves are
-// sums for each query and split of the bank, merged by bank_contrast_combine.h. All memory is the
-// caller's.
+// units, so that one weighs while another multiplies. Over 256 columns two consumers share 64
+// queries. Nothing of size B x K exists: what leaves are sums for each query and split of the bank,
+// merged by bank_contrast_combine.h. All memory is the caller's.
 #pragma once
 
 #include <cstdint>
