@@ -51,8 +51,8 @@ struct Place {
 
 inline Place place_of(const Tensor& tensor) {
   Place place;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &place.type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &place.index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &place.type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &place.index));
   return place;
 }
 
@@ -89,16 +89,16 @@ inline Tensor new_tensor(std::int32_t dtype, std::initializer_list<std::int64_t>
     stride *= std::max<std::int64_t>(size.begin()[n], 1);
   }
   AtenTensorHandle tensor;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(size.size()),
-                                                         size.begin(), strides, dtype, place.type,
-                                                         place.index, &tensor));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(size.size()),
+                                                  size.begin(), strides, dtype, place.type,
+                                                  place.index, &tensor));
   return Tensor(tensor);
 }
 
 // In the dtype of `like`, and where it lies.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<std::int64_t> size) {
   std::int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return new_tensor(dtype, size, place_of(like));
 }
 

@@ -26,7 +26,7 @@ void* current_stream(std::int32_t device) {
   }();
   STD_TORCH_CHECK(get != nullptr, "this torch has no CUDA: libtorch_cuda.so is not loaded");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
 
