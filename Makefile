@@ -28,8 +28,9 @@ help:
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     the kernels beside their peers, to benchmarks/results/OUT (OUT=mine)"
 	@echo "make static-gpu  every GPU kernel compiled, without a GPU: cubins and figures to OUT (OUT=build/static-gpu)"
-	@echo "make test-gpu  the GPU tests, with PYTHON's own torch, nothing fetched; PYTHON=python3"
-	@echo "make bench-gpu  the kernels beside their peers on the GPU, likewise, to benchmarks/results/OUT (OUT=gpu)"
+	@echo "make test-gpu  the GPU tests, with PYTHON's own torch, nothing fetched; PYTHON=python3, QUICK=1: what tells most, REST=1: the rest"
+	@echo "make bench-gpu  the kernels beside their peers on the GPU, likewise, to benchmarks/results/OUT (OUT=gpu, or a"
+	@echo "                path from /); SHAPE=clip: that one, QUICK=1: fewer peers"
 	@echo "make lint      style, formatting and types; make format mends the first two"
 	@echo "make clean     remove builds and .venv, keep runs/"
 
@@ -86,8 +87,11 @@ static-gpu: $(VENV)/.installed
 # On a machine with a GPU: built for its own Python and torch, into a folder that only these two look into.
 GPU_BUILD := build/gpu
 THEIR_PYTHON = $(abspath $(shell command -v $(PYTHON)))
+WORKERS := 16
 GPU_ENV := PYTHONPATH=$(abspath $(GPU_BUILD))
+# What the CUDA runtime asks the driver in vain is no error: PyTorch raises those that are.
 SANITIZER := compute-sanitizer --error-exitcode 1 --tool
+MEMCHECK := memcheck --report-api-errors no
 
 .PHONY: gpu
 gpu:
@@ -99,20 +103,40 @@ $(GPU_BUILD)/.installed: $(BUILD_FILES) $(wildcard codir_fast/*.py codir_fast/*/
 	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(GPU_BUILD) .
 	@touch $@
 
-# Kernels compile on first use: several processes share the GPU where pytest-xdist is there.
-test-gpu: gpu $(GPU_BUILD)/.installed
-	cd tests/gpu && $(GPU_ENV) $(THEIR_PYTHON) -m pytest -q \
-	  $$($(THEIR_PYTHON) -c 'import xdist' 2>/dev/null && echo -n 8 || true)
-	@cd tests/gpu && if $(SANITIZER) memcheck $(THEIR_PYTHON) -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; then \
-	  set -ex; \
-	  $(GPU_ENV) $(SANITIZER) memcheck $(THEIR_PYTHON) -m pytest -q test_sanitizer.py; \
-	  $(GPU_ENV) $(SANITIZER) racecheck $(THEIR_PYTHON) -m pytest -q test_sanitizer.py; \
-	  $(GPU_ENV) $(SANITIZER) synccheck $(THEIR_PYTHON) -m pytest -q test_sanitizer.py -k cuda; \
-	else echo "compute-sanitizer is not there or does not work on this machine: its checks were not run"; fi
+# What a run finds, written as it goes: in benchmarks/results, or where OUT is an absolute path.
+GPU_OUT = $(if $(filter /%,$(OUT)),$(OUT),$(abspath benchmarks/results)/$(or $(OUT),gpu))
+GPU_PYTEST = $(GPU_ENV) CODIR_FAST_GPU_TEST_LOG=$(GPU_OUT)/tests.jsonl timeout -k 10 $(1) \
+  $(2) $(THEIR_PYTHON) -m pytest -q $(3) || failed="$$failed, $(strip $(2) $(3))"
+# Seconds that a part may take, and its tests.
+gpu_part = $(call GPU_PYTEST,$(1),,$$workers $(2))
+# The address of each allocation is checked only where PyTorch makes no large ones to cut up.
+gpu_sanitize = CODIR_FAST_GPU_TEST_SECONDS=120 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  $(call GPU_PYTEST,150,$(SANITIZER) $(1),test_sanitizer.py $(2))
 
+# Kernels compile on first use: several processes share the GPU where pytest-xdist is there, and a
+# new one comes for each that a kernel ended, as often. What tells most comes first: QUICK=1
+# is that alone, REST=1 all but that.
+test-gpu: gpu $(GPU_BUILD)/.installed
+	@mkdir -p $(GPU_OUT) && cd tests/gpu && rm -f $(GPU_OUT)/tests.jsonl; failed=; \
+	workers=$$($(THEIR_PYTHON) -c 'import xdist' 2>/dev/null && \
+	  printf %s "-n $(WORKERS) --max-worker-restart $(WORKERS)"); set -x; \
+	$(if $(REST),,$(call gpu_part,120,test_sanitizer.py); \
+	$(call gpu_part,180,test_named_shapes.py); \
+	$(call gpu_part,120,test_cuda.py);) \
+	$(if $(QUICK),,$(call gpu_part,120,test_launches.py test_pool_and_update.py); \
+	$(call gpu_part,300,test_contrast.py); \
+	if $(SANITIZER) $(MEMCHECK) $(THEIR_PYTHON) -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; then \
+	  $(call gpu_sanitize,$(MEMCHECK)); \
+	  $(call gpu_sanitize,racecheck); \
+	  $(call gpu_sanitize,synccheck,-k cuda); \
+	else echo "compute-sanitizer is not there or does not work on this machine: its checks were not run"; fi;) \
+	set +x; [ -z "$$failed" ] || { echo "test-gpu: failed or out of time$$failed; see $(GPU_OUT)/tests.jsonl" >&2; exit 1; }
+
+# Quick: ours and what any user would write, at each shape.
+QUICK_BENCH := --peers codir_fast-cuda codir_fast-graph codir_fast-cuda-graph eager --budget 0.2 --limit 30
 bench-gpu: gpu $(GPU_BUILD)/.installed
-	cd $(GPU_BUILD) && $(THEIR_PYTHON) -m codir_fast bench --device cuda --shape all --sweep K --budget 0.3 \
-	  --out $(abspath benchmarks/results)/$(or $(OUT),gpu)
+	cd $(GPU_BUILD) && $(THEIR_PYTHON) -m codir_fast bench --device cuda --shape $(or $(SHAPE),all) \
+	  $(if $(QUICK),$(QUICK_BENCH),--sweep K --budget 0.3) --out $(GPU_OUT)
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check .

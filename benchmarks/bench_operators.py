@@ -6,8 +6,8 @@
 
 import pytest
 from codir_fast.benchmarks import measure
+from codir_fast.benchmarks.comparison import check
 from codir_fast.benchmarks.peers import PEERS, make_inputs
-from codir_fast.benchmarks.run import check
 from codir_fast.benchmarks.shapes import SHAPES
 
 CASES = [(shape, peer) for shape in SHAPES for peer in PEERS if peer.operator == shape.operator]

@@ -85,24 +85,28 @@ def interleaved(
     runs: Sequence[Callable[[], Any]],
     budget: float,
     device: torch.device = CPU,
+    begin: Callable[[int], None] = lambda n: None,
 ) -> list[Times]:
     """Times of each function in `rounds`."""
-    return [Times.of(taken) for taken in rounds(runs, budget, device)]
+    return [Times.of(taken) for taken in rounds(runs, budget, device, begin)]
 
 
 def rounds(
     runs: Sequence[Callable[[], Any]],
     budget: float,
     device: torch.device = CPU,
+    begin: Callable[[int], None] = lambda n: None,
 ) -> list[list[float]]:
     """Seconds a call of each function in each round: each once a round (a short one several times
     in a row), after a round that does not count, until the budget (seconds) is spent: what slows
     the machine down meanwhile hits all alike. The order changes from round to round, since each
-    finds the caches as the one before left them.
+    finds the caches as the one before left them. `begin` is told which function's turn it is.
     """
-    for run in runs:
+    numbers = []
+    for n, run in enumerate(runs):
+        begin(n)
         run()
-    numbers = [max(1, round(_TURN / max(seconds(run, 1, device), 1e-6))) for run in runs]
+        numbers.append(max(1, round(_TURN / max(seconds(run, 1, device), 1e-6))))
     taken: list[list[float]] = [[] for _ in runs]
     order, shuffle = list(range(len(runs))), random.Random(0).shuffle
     end = time.perf_counter() + budget
@@ -110,6 +114,7 @@ def rounds(
     while done < _MIN_ROUNDS or (time.perf_counter() < end and done < _MAX_ROUNDS):
         shuffle(order)
         for n in order:
+            begin(n)
             taken[n].append(seconds(runs[n], numbers[n], device))
         done += 1
     return taken
@@ -179,6 +184,7 @@ def _status(key: str) -> int:
 def available_memory(device: torch.device = CPU) -> int:
     """Bytes that this machine, or its GPU, can still give."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps of earlier peers is free for the next
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

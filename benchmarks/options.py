@@ -13,6 +13,8 @@ from codir_fast.benchmarks.shapes import SHAPES, SWEEPS
 
 from codir_fast.errors import UsageError
 
+_GPU_LIMIT = 60.0  # seconds; a kernel is compiled at its first call
+
 
 @dataclass(frozen=True)
 class Where:
@@ -65,6 +67,13 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--budget", type=float, default=0.5, help="seconds for each peer at a shape; default 0.5"
     )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="peers run in a process of their own, which is ended when one takes longer for one "
+        "thing; default: 60 on a GPU, on a CPU neither",
+    )
     parser.add_argument("--out", help="folder for table.md, results.json and the pictures")
     parser.add_argument("--list", action="store_true", help="list shapes and peers and stop")
     return parser
@@ -73,7 +82,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def _check(options: argparse.Namespace) -> None:
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"`threads` must be at least 1, got {options.threads}")
-    for name in ("budget", "train_step"):
+    if options.limit is None and options.device == "cuda":
+        options.limit = _GPU_LIMIT
+    for name in ("budget", "train_step", "limit"):
         seconds = getattr(options, name)
         if seconds is not None and not 0 < seconds < math.inf:
             raise UsageError(f"`{name}` must be positive seconds, got {seconds}")

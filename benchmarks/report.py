@@ -1,6 +1,6 @@
-"""The results of a benchmark as a table, as JSON and as pictures."""
+"""The results of a benchmark as a table and as pictures."""
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ Row = dict[str, Any]
 
 def as_table(rows: Sequence[Row], ceilings: dict[str, float]) -> str:
     """Markdown, one table a shape."""
-    parts = [
-        f"Ceilings in the same run: matrix product {ceilings['product_flops'] / 1e9:.0f} GFLOP/s, "
-        f"copy {ceilings['copy_bytes_per_second'] / 1e9:.1f} GB/s."
-    ]
+    parts = []
+    if ceilings:
+        parts.append(
+            "Ceilings in the same run: matrix product "
+            f"{ceilings['product_flops'] / 1e9:.0f} GFLOP/s, "
+            f"copy {ceilings['copy_bytes_per_second'] / 1e9:.1f} GB/s."
+        )
     for shape in dict.fromkeys(row["shape"] for row in rows):
         own = [row for row in rows if row["shape"] == shape]
         sizes = ", ".join(f"{letter}={size}" for letter, size in own[0]["sizes"].items())
-        unit = "GFLOP/s" if "gflops" in own[0] else "GB/s"
+        unit = "GFLOP/s" if any("gflops" in row for row in own) else "GB/s"
         parts += [
             "",
             f"### {shape}: {own[0]['operator']}, {sizes}",
@@ -41,10 +44,11 @@ def _line(row: Row) -> str:
     memory = "?" if row["extra_memory"] is None else f"{row['extra_memory'] / 2**20:.1f}"
     error = "not the loss" if row["error"] is None else f"{row['error']:.1e}"
     rate = row["gflops"] if "gflops" in row else row["gigabytes_per_second"]
+    ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
     # A bank is read at this share of the copy's rate at least, were it read once.
     read = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else ""
     return (
-        f"| {row['peer']} | {row['median'] * 1e3:.3g} | {row['ratio']:.2f} | {rate:.3g} | "
+        f"| {row['peer']} | {row['median'] * 1e3:.3g} | {ratio} | {rate:.3g} | "
         f"{row['share_of_ceiling']:.0%} | {read} | {memory} | {error} |"
     )
 
@@ -69,20 +73,26 @@ def train_step_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, results: dict[str, Any]) -> None:
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+def write(path: Path, text: str) -> None:
+    """Whole or not at all: what is there stays until the new file is complete."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(f"{text}\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def plot_shapes(rows: Sequence[Row], stamp: str, path: Path) -> None:
-    """One panel a shape, one bar a peer: time relative to ours."""
+    """One panel a shape, one bar a peer: time relative to ours, where ours was timed."""
+    rows = [row for row in rows if row.get("ratio") is not None]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    if not shapes:
+        return
     columns = min(len(shapes), 3)
     lines = -(-len(shapes) // columns)
     figure, axes = _figure(lines, columns, width=4.6, height=3.0)
     for axis in axes.flat[len(shapes) :]:
         axis.axis("off")
     for axis, shape in zip(axes.flat, shapes, strict=False):
-        own = [row for row in rows if row["shape"] == shape and "refused" not in row]
+        own = [row for row in rows if row["shape"] == shape]
         own.sort(key=lambda row: -row["median"])
         names = [row["peer"] for row in own]
         ratios = [row["ratio"] for row in own]
@@ -115,7 +125,10 @@ def _number(value: float) -> str:
 
 
 def plot_sweep(points: Sequence[Row], letter: str, stamp: str, path: Path) -> None:
-    """Time and peak extra memory over one size, both logarithmic, a line a peer."""
+    """Time and peak extra memory over one size, both logarithmic, a line a peer that was timed."""
+    points = [point for point in points if "median" in point]
+    if not points:
+        return
     panels = [("median", "time (ms)", 1e3), ("extra_memory", "peak extra memory (MiB)", 2**-20)]
     figure, axes = _figure(1, 2, width=5.4, height=3.8)
     names = list(dict.fromkeys(point["peer"] for point in points))

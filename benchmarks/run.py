@@ -2,30 +2,36 @@
 with float64 before any timing.
 
 Everything is timed in interleaved rounds, with the ceilings of the machine (a product of matrices
-of 2048 x 2048, a copy of 256 MiB; 8192 x 8192 and 1 GiB on a GPU) in the same run.
+of 2048 x 2048, a copy of 256 MiB; 8192 x 8192 and 1 GiB on a GPU) in the same run. What fails or is
+wrong is listed with the reason, and the others are timed; the files of --out are written anew after
+each shape, and hold what is done wherever the run ends.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from codir_fast.benchmarks import measure, report
+from codir_fast.benchmarks import comparison, measure, report
+from codir_fast.benchmarks.isolated import Isolated
 from codir_fast.benchmarks.options import Where, folder, parse, where
-from codir_fast.benchmarks.peers import PEERS, Inputs, Peer, error_of, make_inputs, truth
+from codir_fast.benchmarks.peers import PEERS, Peer
 from codir_fast.benchmarks.shapes import SHAPES, SWEEPS, Shape, find_shape
 
-# Of results, relative to the largest element of the truth.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-_SLOW = 3.0  # seconds; what takes longer is timed once
 SWEEP_PEERS = {
     "K": ("codir_fast", "chunked", "eager", "compile"),
     "B": ("codir_fast", "two-products", "chunked"),
 }
 
-Advance = Callable[[], None]
+Compare = Callable[..., tuple[comparison.Rows, dict[str, float]]]
+Write = Callable[[], None]
 
 
 def run(arguments: list[str]) -> int:
@@ -43,20 +49,47 @@ def run(arguments: list[str]) -> int:
     sweeps, seconds = options.sweep or [], options.train_step
     machine = measure.stamp(place.device, place.dtype)
     results = {"machine": machine, "ceilings": {}, "shapes": [], "sweeps": {}}
-    if options.shape or not (sweeps or seconds):
-        _run_shapes(shapes, place, options, results)
-        print(report.as_table(results["shapes"], results["ceilings"]))
-    for letter in sweeps:
-        results["sweeps"][letter] = _run_sweep(letter, place, options)
-        print(_sweep_table(results["sweeps"][letter], letter))
+    write = (lambda: None) if out is None else partial(_write, out, results)
+    with _comparing(place, options.limit) as compare:
+        if options.shape or not (sweeps or seconds):
+            _run_shapes(shapes, place, options, results, compare, write)
+            print(report.as_table(results["shapes"], results["ceilings"]))
+        for letter in sweeps:
+            _run_sweep(letter, place, options, results, compare, write)
+            print(_sweep_table(results["sweeps"][letter], letter))
     if seconds is not None:
         from codir_fast.benchmarks.train_step import measure_train_step  # needs transformers
 
         results["train_step"] = measure_train_step(seconds)
         print(report.train_step_table(results["train_step"]))
+        write()
     if out is not None:
-        _write(out, results)
-    return 0
+        _draw(out, results)
+        print(f"\nwritten to {out}")
+    return _exit_code(results)
+
+
+@contextmanager
+def _comparing(where: Where, limit: float | None) -> Iterator[Compare]:
+    """comparison.measure_shape at a place: here, or isolated where there is a limit."""
+    if limit is None:
+        yield partial(comparison.measure_shape, where=where)
+        return
+    isolated = Isolated(where, limit)
+    try:
+        yield isolated.measure_shape
+    finally:
+        isolated.close()
+
+
+def _exit_code(results: dict[str, Any]) -> int:
+    """1 where ours was not timed, with a line for each such place."""
+    rows = [*results["shapes"], *(row for rows in results["sweeps"].values() for row in rows)]
+    ours = [row for row in rows if row["peer"] == report.OURS and "refused" in row]
+    for row in ours:
+        line = f"{report.OURS} at {row['shape']} ({row['operator']}) {row['refused']}"
+        print(f"codir-fast: error: {line}", file=sys.stderr)
+    return 1 if ours else 0
 
 
 def _listing() -> str:
@@ -84,139 +117,43 @@ def _chosen(operator: str, names: Sequence[str] | None, device: torch.device) ->
 
 
 def _run_shapes(
-    shapes: list[Shape], where: Where, options: argparse.Namespace, results: dict[str, Any]
+    shapes: list[Shape],
+    where: Where,
+    options: argparse.Namespace,
+    results: dict[str, Any],
+    compare: Compare,
+    write: Write,
 ) -> None:
-    ceilings: dict[str, list[float]] = {}
     peers = [_chosen(shape.operator, options.peers, where.device) for shape in shapes]
     with _bar(sum(len(chosen) for chosen in peers)) as bar:
         for shape, chosen in zip(shapes, peers, strict=True):
             bar.set_description(shape.name)
-            rows, found = measure_shape(shape, chosen, options.budget, bar.update, where)
+            rows, found = compare(shape, chosen, options.budget)
+            bar.update(len(chosen))
             results["shapes"] += rows
-            for key, value in found.items():
-                ceilings.setdefault(key, []).append(value)
-    results["ceilings"] = {key: max(values) for key, values in ceilings.items()}
+            best = results["ceilings"]
+            best |= {key: max(value, best.get(key, 0.0)) for key, value in found.items()}
+            write()
 
 
-def measure_shape(
-    shape: Shape,
-    peers: Sequence[Peer],
-    budget: float,
-    advance: Advance = lambda: None,
-    where: Where = Where(),  # noqa: B008 (immutable)
-) -> tuple[list[report.Row], dict[str, float]]:
-    """A row for each peer, and the ceilings of this run. Ours is the first peer."""
-    common: report.Row = {"shape": shape.name, "operator": shape.operator, "sizes": shape.sizes}
-    inputs = make_inputs(shape, where.device, where.dtype)
-    rows: list[report.Row] = []
-    quick: list[tuple[report.Row, Callable[[], Any]]] = []
-    for peer in peers:
-        row = common | {"peer": peer.name, "what": peer.what}
-        rows.append(row)
-        run = _prepare(peer, inputs, row, where)
-        if run is not None:
-            took = measure.seconds(run, 1, where.device)
-            is_slow = took > _SLOW
-            calls = 1 if is_slow else 3
-            row["extra_memory"] = measure.peak_memory(run, calls, where.device)
-            if is_slow:
-                row["times"] = measure.Times(took, took, took, 1)
-            else:
-                quick.append((row, run))
-        advance()
-    tops, read = measure.ceilings(where.device, where.dtype)
-    runs = [run for _, run in quick] + tops
-    times = measure.interleaved(runs, budget * len(runs), where.device)
-    ceilings = read(times[len(quick) :])
-    for (row, _), each in zip(quick, times, strict=False):
-        row["times"] = each
-    ours = rows[0]["times"].median
-    for row in rows:
-        if "refused" not in row:
-            row |= _figures(shape, row.pop("times"), ours, ceilings, where.dtype.itemsize)
-    return rows, ceilings
-
-
-def _prepare(peer: Peer, inputs: Inputs, row: report.Row, where: Where) -> Callable[[], Any] | None:
-    """The peer's function once it has run and was right, with its error in the row; or the reason
-    why it is not timed.
-    """
-    row["refused"] = peer.refusal(inputs.shape, measure.available_memory(where.device))
-    if row["refused"] is None:
-        try:
-            with torch.device(where.device):
-                run = peer.prepare(inputs)
-            results = run()
-        except Exception as error:
-            if peer.name == report.OURS:
-                raise
-            # Somebody else's code, on a machine that it may not know.
-            row["refused"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
-            return None
-        row["error"] = None if peer.is_floor else error_of(results, _truth(peer, inputs))
-        tolerance = TOLERANCE[where.dtype]
-        if peer.is_floor or row["error"] <= tolerance:
-            del row["refused"]
-            return run
-        row["refused"] = f"wrong: error {row['error']:.1e}, allowed {tolerance:.0e}"
-    if peer.name == report.OURS:
-        raise RuntimeError(f"{peer.name} at {inputs.shape} {row['refused']}")
-    return None
-
-
-def check(peer: Peer, run: Callable[[], Any], inputs: Inputs) -> float:
-    """The error of a peer, which must be right."""
-    error, tolerance = error_of(run(), _truth(peer, inputs)), TOLERANCE[torch.float32]
-    if not error <= tolerance:
-        raise RuntimeError(
-            f"{peer.name} is wrong at {inputs.shape}: error {error:.1e}, allowed {tolerance:.0e}"
-        )
-    return error
-
-
-def _truth(peer: Peer, inputs: Inputs) -> Any:
-    return truth(inputs, peer.others_count, peer.normalizes)
-
-
-def _figures(
-    shape: Shape, times: measure.Times, ours: float, ceilings: dict[str, float], itemsize: int
-) -> report.Row:
-    row: report.Row = {
-        "median": times.median,
-        "lowest": times.lowest,
-        "highest": times.highest,
-        "rounds": times.rounds,
-        "ratio": times.median / ours,
-    }
-    if shape.flop:
-        rate = shape.flop / times.median
-        return row | {
-            "gflops": rate / 1e9,
-            "share_of_ceiling": rate / ceilings["product_flops"],
-            # What bounds few queries: the bank is read once; a copy moves each byte twice.
-            "share_of_copy": shape.bytes(itemsize)
-            / times.median
-            / ceilings["copy_bytes_per_second"],
-        }
-    rate = shape.bytes(itemsize) / times.median
-    # A copy moves each byte twice, in and out.
-    return row | {
-        "gigabytes_per_second": rate / 1e9,
-        "share_of_ceiling": rate / ceilings["copy_bytes_per_second"],
-    }
-
-
-def _run_sweep(letter: str, where: Where, options: argparse.Namespace) -> list[report.Row]:
+def _run_sweep(
+    letter: str,
+    where: Where,
+    options: argparse.Namespace,
+    results: dict[str, Any],
+    compare: Compare,
+    write: Write,
+) -> None:
     wanted = SWEEP_PEERS[letter] if options.peers is None else options.peers
     peers = _chosen("bank_contrast", wanted, where.device)
-    rows = []
+    results["sweeps"][letter] = rows = []
     with _bar(len(SWEEPS[letter]) * len(peers)) as bar:
         for shape in SWEEPS[letter]:
             size = shape.sizes[letter]
             bar.set_description(f"{letter}={size}")
-            named = replace(shape, name=f"{letter}={size}")
-            rows += measure_shape(named, peers, options.budget, bar.update, where)[0]
-    return rows
+            rows += compare(replace(shape, name=f"{letter}={size}"), peers, options.budget)[0]
+            bar.update(len(peers))
+            write()
 
 
 def _sweep_table(rows: list[report.Row], letter: str) -> str:
@@ -231,15 +168,15 @@ def _sweep_table(rows: list[report.Row], letter: str) -> str:
             lines.append(f"| {size} | {row['peer']} | {row['refused']} | | |")
             continue
         memory = "?" if row["extra_memory"] is None else f"{row['extra_memory'] / 2**20:.1f}"
-        figures = f"{row['median'] * 1e3:.4g} | {row['ratio']:.2f} | {memory}"
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        figures = f"{row['median'] * 1e3:.4g} | {ratio} | {memory}"
         lines.append(f"| {size} | {row['peer']} | {figures} |")
     return "\n".join(lines)
 
 
-def _write(out: Path, results: dict[str, Any]) -> None:
-    machine = results["machine"]
+def _stamp(machine: dict[str, Any]) -> str:
     on_cpu = (machine["cpu"], f"{machine['threads']} threads", machine["instruction_set"])
-    stamp = ", ".join(
+    return ", ".join(
         (
             *((machine["gpu"],) if "gpu" in machine else on_cpu),
             machine["dtype"],
@@ -248,15 +185,25 @@ def _write(out: Path, results: dict[str, Any]) -> None:
             machine["date"],
         )
     )
-    parts = [f"Measured on {stamp}.", ""]
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    parts = [f"Measured on {_stamp(results['machine'])}.", ""]
     if results["shapes"]:
         parts.append(report.as_table(results["shapes"], results["ceilings"]))
-        report.plot_shapes(results["shapes"], stamp, out / "shapes.png")
     if "train_step" in results:
         parts += ["", report.train_step_table(results["train_step"])]
+    parts += [_sweep_table(rows, letter) for letter, rows in results["sweeps"].items()]
+    report.write(out / "table.md", "\n".join(parts))
+    report.write(out / "results.json", json.dumps(results, indent=1))
+
+
+def _draw(out: Path, results: dict[str, Any]) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed")
+        return
+    stamp = _stamp(results["machine"])
+    if results["shapes"]:
+        report.plot_shapes(results["shapes"], stamp, out / "shapes.png")
     for letter, rows in results["sweeps"].items():
-        parts.append(_sweep_table(rows, letter))
         report.plot_sweep(rows, letter, stamp, out / f"over_{letter}.png")
-    (out / "table.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
-    report.write_json(out / "results.json", results)
-    print(f"\nwritten to {out}")

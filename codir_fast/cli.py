@@ -28,7 +28,7 @@ NEEDS = {
         "train",
     ),
     "codir_fast.distillation.report": (("matplotlib",), "train"),
-    "codir_fast.benchmarks": (("matplotlib", "tqdm"), "bench"),
+    "codir_fast.benchmarks": (("tqdm",), "bench"),
 }
 
 TRACEBACK = "CODIR_FAST_TRACEBACK"

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("matplotlib", reason="pictures need it")
 
-from codir_fast.benchmarks import measure, peers
-from codir_fast.benchmarks.run import check, measure_shape
+from codir_fast.benchmarks import comparison, measure, peers
+from codir_fast.benchmarks.comparison import check, measure_shape
 from codir_fast.benchmarks.shapes import OPERATORS, SHAPES, Shape, find_shape
 
 from codir_fast.cli import main
@@ -60,8 +60,10 @@ def test_a_wrong_peer_is_not_timed(part):
     wrong = peers.Peer("wrong", "bank_contrast", prepare, "1 per mille too large")
     rows, _ = measure_shape(TINY, [ours, wrong], budget=0.01)
     assert rows[1]["refused"].startswith("wrong: error ") and "median" not in rows[1]
-    with pytest.raises(RuntimeError, match="codir_fast at tiny .* wrong: error"):
-        measure_shape(TINY, [replace(wrong, name="codir_fast")], budget=0.01)
+    others = [replace(wrong, name="codir_fast"), replace(ours, name="other")]
+    rows, _ = measure_shape(TINY, others, budget=0.01)
+    assert rows[0]["refused"].startswith("wrong: error ")
+    assert rows[1]["median"] > 0 and rows[1]["ratio"] is None
     with pytest.raises(RuntimeError, match="wrong is wrong at tiny"):
         inputs = peers.make_inputs(TINY)
         check(wrong, wrong.prepare(inputs), inputs)
@@ -76,6 +78,52 @@ def test_what_does_not_fit_or_is_missing_is_listed_with_the_reason():
     assert rows[2]["refused"].startswith("needs ") and rows[2]["refused"].endswith("GiB")
     assert rows[0]["ratio"] == 1 and rows[0]["share_of_ceiling"] > 0 and "median" not in rows[1]
     assert ceilings["product_flops"] > 1e8 and ceilings["copy_bytes_per_second"] > 1e8
+
+
+def test_a_peer_that_fails_is_listed_with_what_it_raised():
+    ours = chosen("bank_contrast")[0]
+    calls = []
+
+    def prepare(inputs):
+        def run():
+            calls.append(1)
+            if len(calls) > 1:  # right, but not a second time
+                raise ValueError("no room")
+            return ours.prepare(inputs)()
+
+        return run
+
+    bad = peers.Peer("bad", "bank_contrast", prepare, "")
+    rows, _ = measure_shape(TINY, [bad, ours], budget=0.01)
+    assert rows[0]["refused"] == "failed: ValueError: no room" and "median" not in rows[0]
+    assert "in run" in rows[0]["traceback"] and rows[1]["median"] > 0
+
+
+def test_what_is_done_is_written_when_the_run_ends_early(tmp_path, monkeypatch):
+    def make_inputs(shape, *place):
+        if shape.sizes["K"] == 300:
+            raise KeyboardInterrupt
+        return peers.make_inputs(shape, *place)
+
+    monkeypatch.setattr(comparison, "make_inputs", make_inputs)
+    flags = ["--shape", "4,200,16", "4,300,16", "--peers", "eager", "--budget", "0.01"]
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", *flags, "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [(row["shape"], row["peer"]) for row in results["shapes"]] == [
+        ("4x200x16", "codir_fast"),
+        ("4x200x16", "eager"),
+    ]
+    assert "| eager |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_ours_wrong_is_the_exit_code_and_the_rest_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(comparison.TOLERANCE, torch.float32, 1e-30)
+    flags = ["--shape", "4,200,16", "--peers", "two-products", "--budget", "0.01"]
+    assert main(["bench", *flags, "--out", str(tmp_path)]) == 1
+    assert "codir_fast at 4x200x16 (bank_contrast) wrong: error" in capsys.readouterr().err
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["shapes"][1]["median"] > 0 and not (tmp_path / "shapes.png").exists()
 
 
 def test_files(tmp_path, capsys):
@@ -157,6 +205,7 @@ def test_what_a_function_adds():
         (["--threads", "0"], "`threads` must be at least 1, got 0"),
         (["--threads", "two"], "argument --threads: invalid int value: 'two'"),
         (["--budget", "nan"], "`budget` must be positive seconds, got nan"),
+        (["--limit", "0"], "`limit` must be positive seconds, got 0.0"),
         (["--train_step", "0"], "`train_step` must be positive seconds, got 0.0"),
         (["--train_step", "1", "--device", "cuda"], "`train_step` is timed on the CPU, got"),
         (["--out", "/dev/null/x"], "`out` /dev/null/x can't be made"),

@@ -38,7 +38,7 @@ def _contrast_truth(inputs: Inputs, others_count: bool) -> Results:
     q, p = inputs.query.detach().double(), inputs.positive.double()
     s_pos = (q * p).sum(1) / T
     total, rows = torch.zeros_like(s_pos), torch.zeros_like(q)
-    rows_at_once = 1 << 14 if q.is_cpu else max(1 << 10, (1 << 28) // len(q))
+    rows_at_once = 1 << 14 if q.is_cpu else max(1 << 10, (1 << 26) // len(q))
     parts = [inputs.positive] if others_count else []
     if inputs.index.numel():
         for i, index in enumerate(inputs.index):

@@ -1,0 +1,63 @@
+"""make test-gpu and bench-gpu up to the programs that they call, with a recorder in their place."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDER = """#!/bin/sh
+echo "$CODIR_FAST_GPU_TEST_LOG $*" >> "$RECORD"
+case "$*" in *test_named_shapes*) exit 1;; esac
+"""
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
+@pytest.fixture
+def make(tmp_path):
+    python, record = tmp_path / "python", tmp_path / "record"
+    python.write_text(RECORDER, encoding="utf-8")
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
+    environment |= {"RECORD": str(record), "OUT": str(tmp_path / "out")}
+
+    def run(*arguments):
+        # What is built, and that there is a GPU, is taken for granted.
+        flags = ["-C", str(ROOT), "-o", "gpu", "-o", "build/gpu/.installed", f"PYTHON={python}"]
+        done = subprocess.run(
+            ["make", *flags, *arguments], env=environment, capture_output=True, text=True
+        )
+        lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
+        return done, lines
+
+    return run
+
+
+def test_a_part_that_fails_is_named_and_the_next_runs(make, tmp_path):
+    done, lines = make("test-gpu", "QUICK=1", "WORKERS=3")
+    assert done.returncode == 2 and "out of time, " in done.stderr
+    assert done.stderr.rstrip().splitlines()[-2].count("test_named_shapes.py") == 1
+    log = tmp_path / "out" / "tests.jsonl"
+    flags = "-m pytest -q -n 3 --max-worker-restart 3"
+    parts = ("test_sanitizer.py", "test_named_shapes.py", "test_cuda.py")
+    assert lines[1:] == [f"{log} {flags} {part}" for part in parts]
+
+
+def test_the_rest_is_all_other_files(make):
+    _, quick = make("test-gpu", "QUICK=1")
+    _, both = make("test-gpu", "REST=1")
+    named = {word for line in both for word in line.split() if word.startswith("test_")}
+    assert named == {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
+    assert len(both) > len(quick)
+
+
+@pytest.mark.parametrize("flags", [[], ["QUICK=1"], ["SHAPE=clip"]], ids=str)
+def test_a_benchmark_goes_to_a_folder_from_the_environment(make, tmp_path, flags):
+    (ROOT / "build" / "gpu").mkdir(parents=True, exist_ok=True)
+    done, lines = make("bench-gpu", *flags)
+    assert done.returncode == 0, done.stderr
+    assert lines[0].endswith(f"--out {tmp_path / 'out'}")
+    assert f"--shape {'clip' if 'SHAPE=clip' in flags else 'all'} " in lines[0]
+    assert ("--limit 30" in lines[0]) == (flags == ["QUICK=1"])
