@@ -103,8 +103,9 @@ struct CudaLauncher {
         launch(dtype, weighing, query_map, bank_map, arguments, blocks, after_previous, stream));
   }
 
-  const char* combine(DType dtype, const CombineArguments& arguments, int blocks) {
-    Launch launch(blocks, kCombineWarps * kWarp, 0, 1, true, stream);
+  const char* combine(DType dtype, const CombineArguments& arguments, int blocks,
+                      bool after_previous) {
+    Launch launch(blocks, kCombineWarps * kWarp, 0, 1, after_previous, stream);
     return text_of(with_kernels(dtype, arguments.D, [&](auto element, auto dim) {
       return cudaLaunchKernelEx(&launch.config, combine_kernel<dim.value, decltype(element)>,
                                 arguments);

@@ -126,8 +126,10 @@ const char* launch_bank_contrast(Launcher& launcher, const BankContrastOutputs& 
   combine.B = plan.B, combine.D = plan.D, combine.splits = plan.splits;
   combine.warps_per_query = warps_per_query(plan.splits);
   combine.nce = in.objective == Objective::kNce, combine.normalize = in.normalize;
+  // The first kernel of a call waits until all that was launched before has ended.
   return launcher.combine(in.dtype, combine,
-                          ceil_div(in.B, kCombineWarps / combine.warps_per_query));
+                          ceil_div(in.B, kCombineWarps / combine.warps_per_query),
+                          prepares || plan.splits > 0);
 }
 
 }  // namespace sm90

@@ -124,6 +124,9 @@ inline int box_rows(const Plan& plan) {
   return plan.block_k / num_parts(padded_dim(plan.D)) / plan.cluster;
 }
 
+// Blocks of a cluster, where there are clusters.
+constexpr int kCluster = 2;
+
 // Up to so many row tiles, another one without queries costs more than a cluster gains.
 constexpr int kFewRowTiles = 8;
 
@@ -134,8 +137,8 @@ inline Plan make_plan(int B, int K, int D, Weighing weighing, int num_multiproce
   // 64 queries alone read tiles of wide rows faster than L2 gives them.
   const bool shares = is_wide(padded_dim(D)) && num_multiprocessors > 1 && plan.row_tiles > 1;
   if (shares && (plan.row_tiles % 2 == 0 || plan.row_tiles > kFewRowTiles)) {
-    plan.cluster = 2;
-    plan.row_tiles += plan.row_tiles % 2;
+    plan.cluster = kCluster;
+    plan.row_tiles += plan.row_tiles % kCluster;
   }
   const int bank_steps = ceil_div(K, plan.block_k);
   if (bank_steps == 0) return plan;

@@ -156,9 +156,10 @@ CODIR_FAST_DEVICE void copy_part(Shared<Config> shared, const TensorMap& bank,
     const std::uint32_t to = shared.part(place.stage) + panel * panel_bytes(Config::kBlockK);
     const int column = (number % Config::kParts * Config::kPartPanels + panel) * kPanelColumns;
     if (Config::kWide && a.plan.cluster > 1) {
-      const int first = block_of_cluster() * (Config::kBlockK / a.plan.cluster);
+      // Not by a.plan.cluster: a division for each box would take half as long as the tile.
+      const int first = block_of_cluster() * (Config::kBlockK / kCluster);
       copy_box_to_cluster(to + first * kRowBytes, bank, row + first, column, full,
-                          (1 << a.plan.cluster) - 1, policy);
+                          (1 << kCluster) - 1, policy);
     } else {
       copy_box(to, bank, row, column, full, policy);
     }
@@ -195,18 +196,26 @@ CODIR_FAST_DEVICE void copy_tiles(Shared<Config> shared, const TensorMap& querie
   }
 }
 
-// Says of a bank row, where consumers read it, its label and 0 or -inf to add to its logits. `end`
-// is where the item's rows end. Whether the row may hold anything.
-CODIR_FAST_DEVICE bool describe_row(const PassArguments& a, int row, int end, std::uint32_t to) {
+// What is known of a bank row.
+struct RowFacts {
+  std::uint64_t label;
+  bool invalid;
+};
+
+CODIR_FAST_DEVICE RowFacts row_facts(const PassArguments& a, int row) {
   const bool in_bank = row < a.plan.K;
-  const bool invalid = in_bank && a.valid != nullptr && !a.valid[row];
   // Without labels those of queries are 0: no row has that.
-  const std::uint64_t label = a.labels == nullptr ? 1
-                              : in_bank           ? static_cast<std::uint64_t>(a.bank_labels[row])
-                                                  : 0;
-  store_shared(to, {static_cast<std::uint32_t>(label), static_cast<std::uint32_t>(label >> 32),
-                    bits_of(row < end && !invalid ? 0.0f : kMinusInfinity), 0});
-  return invalid;
+  return {a.labels == nullptr ? 1
+          : in_bank           ? static_cast<std::uint64_t>(a.bank_labels[row])
+                              : 0,
+          in_bank && a.valid != nullptr && !a.valid[row]};
+}
+
+// Says of a row, where consumers read it, its label and 0 or -inf to add to its logits.
+CODIR_FAST_DEVICE void describe_row(const RowFacts& row, bool in_item, std::uint32_t to) {
+  store_shared(
+      to, {static_cast<std::uint32_t>(row.label), static_cast<std::uint32_t>(row.label >> 32),
+           bits_of(in_item && !row.invalid ? 0.0f : kMinusInfinity), 0});
 }
 
 // The threads beside the one that copies: describe the rows of each tile, and overwrite with zeros
@@ -214,18 +223,32 @@ CODIR_FAST_DEVICE bool describe_row(const PassArguments& a, int row, int end, st
 template <typename Config>
 CODIR_FAST_DEVICE void describe_tiles(Shared<Config> shared, const PassArguments& a) {
   constexpr int kStages = Config::kTile.stages;
+  constexpr int kRows = ceil_div(Config::kBlockK, kDescribers);  // of a thread
+  const int thread = thread_index() - 32;
   int number = 0;  // tiles so far
   for (int at = block_index(); at < a.plan.num_items; at += num_blocks()) {
     const Item item = item_at(a.plan, at);
     for (int n = 0; n < item.num_steps * Config::kParts; ++n, ++number) {
       const RingPlace place = ring_place(number, kStages);
       const int slot = Config::kParts * place.stage;
+      const int first_row = tile_row<Config>(a.plan, item, n);
+      // All at once and before the wait: global memory takes about as long to answer as consumers
+      // to work on a tile.
+      RowFacts facts[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int j = thread + r * kDescribers;
+        facts[r] = row_facts(a, j < Config::kBlockK ? first_row + j : a.plan.K);
+      }
       for (int part = 0; part < Config::kParts; ++part)
         barrier_wait(shared.empty(slot + part), place.phase ^ 1);
-      for (int j = thread_index() - 32; j < Config::kBlockK; j += kDescribers) {
-        if (!describe_row(a, tile_row<Config>(a.plan, item, n) + j, item.end_row,
-                          shared.columns(place.stage) + j * kColumnBytes))
-          continue;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int j = thread + r * kDescribers;
+        if (j >= Config::kBlockK) continue;
+        describe_row(facts[r], first_row + j < item.end_row,
+                     shared.columns(place.stage) + j * kColumnBytes);
+        if (!facts[r].invalid) continue;
         for (int part = 0; part < Config::kParts; ++part)
           barrier_wait(shared.full(slot + part), place.phase);
         for (int panel = 0; panel < Config::kPanels; ++panel) {

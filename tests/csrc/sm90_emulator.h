@@ -3,11 +3,14 @@
 // the hardware does asynchronously happens as late as it may, or as early. Shared memory begins as
 // NaN. A wait that nobody ends, a barrier used before it is initialised, threads of a warpgroup
 // that disagree, an access outside of shared memory, or to that of a block of the cluster that has
-// ended, ends the program with a message.
+// ended, ends the program with a message. So does a product before which its threads set no fence,
+// or a product or copy that meets what a thread stored and has not published to the copy engine and
+// the matrix unit.
 //
 // Modelled after the PTX ISA: mbarrier phases and transaction bytes, named barriers, 2-D tensor
 // copies with the 128-byte swizzle, to one block or several of a cluster, wgmma's matrix
-// descriptors and register layouts. Not modelled: memory ordering between proxies, speed.
+// descriptors and register layouts. Not modelled: memory ordering otherwise, launches that overlap,
+// speed.
 #pragma once
 
 #include <ucontext.h>
@@ -54,6 +57,8 @@ struct Fiber {
   std::function<bool()> may_go;  // empty: at once
   bool done = false;
   std::size_t products = 0;  // matrix instructions issued so far
+  bool fenced = false;       // no registers touched since product_fence
+  std::vector<std::uint32_t> unpublished;  // where it stored to shared memory
 };
 
 struct MBarrier {
@@ -104,6 +109,7 @@ struct Block {
   std::mt19937 random;
   std::vector<Fiber> fibers;
   std::vector<std::uint8_t> shared;
+  std::vector<char> unpublished;  // for each word of `shared`: stored to, not published
   std::map<std::uint32_t, MBarrier> barriers;
   std::map<int, NamedBarrier> named;
   std::vector<Exchange> exchanges;
@@ -147,6 +153,26 @@ struct Block {
     return shared.data() + (address - kSharedBase);
   }
 
+  void store(std::uint32_t address, const void* value, std::uint32_t bytes) {
+    std::memcpy(at(address, bytes), value, bytes);
+    for (std::uint32_t word = address; word < address + bytes; word += 4) {
+      unpublished[(word - kSharedBase) / 4] = 1;
+      current->unpublished.push_back(word);
+    }
+  }
+
+  void publish() {
+    for (const std::uint32_t word : current->unpublished) unpublished[(word - kSharedBase) / 4] = 0;
+    current->unpublished.clear();
+  }
+
+  // For the copy engine and the matrix unit.
+  std::uint8_t* at_published(std::uint32_t address, std::size_t bytes) {
+    std::uint8_t* place = at(address, bytes);
+    if (unpublished[(address - kSharedBase) / 4]) fail("what a thread stored was not published");
+    return place;
+  }
+
   MBarrier& barrier(std::uint32_t address) {
     const auto found = barriers.find(address);
     if (found == barriers.end()) fail("an mbarrier was used before it was initialised");
@@ -181,7 +207,7 @@ struct Block {
               static_cast<const char*>(copy.map.data) + row * copy.map.row_bytes + 2 * column, 2);
         }
         const std::uint32_t address = copy.to + r * kRowBytes + 2 * c;
-        std::memcpy(at(address ^ (address >> 7 & 7) << 4, 2), &value, 2);
+        std::memcpy(at_published(address ^ (address >> 7 & 7) << 4, 2), &value, 2);
       }
     }
     MBarrier& b = barrier(copy.barrier);
@@ -191,7 +217,7 @@ struct Block {
 
   float element(std::uint32_t address, bool is_bfloat16) {
     std::uint16_t bits;
-    std::memcpy(&bits, at(address ^ (address >> 7 & 7) << 4, 2), 2);
+    std::memcpy(&bits, at_published(address ^ (address >> 7 & 7) << 4, 2), 2);
     return is_bfloat16 ? to_compute(BFloat16{bits}) : to_compute(Float16{bits});
   }
 
@@ -250,6 +276,8 @@ struct Block {
   // Joins this thread to its warpgroup's next call.
   void matrix_call(const MatrixCall& mine, float* d, const std::uint32_t* a_registers) {
     dawdle();
+    if (is_product(mine) && !current->fenced) fail("a product without a fence before it");
+    if (mine.kind == MatrixCall::kWait) current->fenced = false;
     const int group = thread() / kGroupThreads;
     std::vector<MatrixCall>& calls = matrix_calls[group];
     const std::size_t number = current->products++;
@@ -396,6 +424,7 @@ inline void launch(int blocks, int threads, std::size_t shared_bytes, bool eager
       b.eager = eager;
       b.random.seed(seed + b.index);
       b.shared.assign(shared_bytes, 0xff);
+      b.unpublished.assign((shared_bytes + 3) / 4, 0);
       b.exchanges.resize((threads + kWarpThreads - 1) / kWarpThreads);
       b.matrix_calls.resize((threads + kGroupThreads - 1) / kGroupThreads);
       b.body = body;
@@ -485,10 +514,10 @@ inline float load_shared_float(std::uint32_t address) {
   return v;
 }
 inline void store_shared(std::uint32_t address, Word4 v) {
-  std::memcpy(emulated().at(address, sizeof(v)), &v, sizeof(v));
+  emulated().store(address, &v, sizeof(v));
 }
 inline void store_shared_word(std::uint32_t address, std::uint32_t v) {
-  std::memcpy(emulated().at(address, sizeof(v)), &v, sizeof(v));
+  emulated().store(address, &v, sizeof(v));
 }
 inline int load_shared_word(std::uint32_t address) {
   int v;
@@ -496,7 +525,7 @@ inline int load_shared_word(std::uint32_t address) {
   return v;
 }
 inline void store_shared_float(std::uint32_t address, float v) {
-  std::memcpy(emulated().at(address, sizeof(v)), &v, sizeof(v));
+  emulated().store(address, &v, sizeof(v));
 }
 inline void store_pair(float* to, float first, float second) {
   if (reinterpret_cast<std::uintptr_t>(to) % 8 != 0) emulator::fail("a pair at an odd address");
@@ -546,9 +575,9 @@ inline void copy_box_to_cluster(std::uint32_t to, const TensorMap& map, int row,
   emulated().at(to, static_cast<std::size_t>(map.box_rows) * kRowBytes);
   emulated().copies.push_back({to, map, row, column, barrier, static_cast<unsigned>(blocks)});
 }
-inline void publish_to_async_proxy() {}
+inline void publish_to_async_proxy() { emulated().publish(); }
 
-inline void product_fence() {}
+inline void product_fence() { emulated().current->fenced = true; }
 inline void product_commit() {
   emulator::MatrixCall call{};
   call.kind = emulator::MatrixCall::kCommit;

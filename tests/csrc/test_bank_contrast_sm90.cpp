@@ -131,10 +131,17 @@ void test_descriptors() {
         (0x4000004000000840ull | 0x280ull << 16) + 0x180);
 }
 
-// Runs the launches in the emulator, one after the other.
+// Runs the launches in the emulator, one after the other. The first of a call must not overlap with
+// what was launched before it: that is not the call's own.
 struct EmulatedLauncher {
   bool eager;
   unsigned seed;
+  bool any_before = false;
+
+  void count(bool after_previous) {
+    CHECK(any_before || !after_previous);
+    any_before = true;
+  }
 
   template <typename Run>
   static void with_element(DType dtype, const Run& run) {
@@ -144,8 +151,8 @@ struct EmulatedLauncher {
       run(Float16{});
   }
 
-  const char* prepare(DType dtype, void* unit, const void* query, int B, int D,
-                      bool normalize) const {
+  const char* prepare(DType dtype, void* unit, const void* query, int B, int D, bool normalize) {
+    count(false);
     with_element(dtype, [&](auto element) {
       using Element = decltype(element);
       emulator::launch(ceil_div(B, kCombineWarps), kCombineWarps * kWarp, 0, eager, seed, [&] {
@@ -180,7 +187,8 @@ struct EmulatedLauncher {
   }
 
   const char* pass(DType dtype, Weighing weighing, const MatrixMap& queries, const MatrixMap& bank,
-                   const PassArguments& a, int blocks, bool) const {
+                   const PassArguments& a, int blocks, bool after_previous) {
+    count(after_previous);
     with_element(dtype, [&](auto element) {
       using Element = decltype(element);
       const int D = padded_dim(a.plan.D);
@@ -193,7 +201,8 @@ struct EmulatedLauncher {
     return nullptr;
   }
 
-  const char* combine(DType dtype, const CombineArguments& a, int blocks) const {
+  const char* combine(DType dtype, const CombineArguments& a, int blocks, bool after_previous) {
+    count(after_previous);
     std::vector<double> exchange(combine_doubles(combined_dim(a.D)), std::nan(""));
     with_element(dtype, [&](auto element) {
       using Element = decltype(element);
