@@ -213,9 +213,9 @@ CODIR_FAST_DEVICE RowFacts row_facts(const PassArguments& a, int row) {
 
 // Says of a row, where consumers read it, its label and 0 or -inf to add to its logits.
 CODIR_FAST_DEVICE void describe_row(const RowFacts& row, bool in_item, std::uint32_t to) {
-  store_shared(
-      to, {static_cast<std::uint32_t>(row.label), static_cast<std::uint32_t>(row.label >> 32),
-           bits_of(in_item && !row.invalid ? 0.0f : kMinusInfinity), 0});
+  store_shared(to,
+               {static_cast<std::uint32_t>(row.label), static_cast<std::uint32_t>(row.label >> 32),
+                bits_of(in_item && !row.invalid ? 0.0f : kMinusInfinity), 0});
 }
 
 // The threads beside the one that copies: describe the rows of each tile, and overwrite with zeros

@@ -56,8 +56,8 @@ struct Fiber {
   ucontext_t context;
   std::function<bool()> may_go;  // empty: at once
   bool done = false;
-  std::size_t products = 0;  // matrix instructions issued so far
-  bool fenced = false;       // no registers touched since product_fence
+  std::size_t products = 0;                // matrix instructions issued so far
+  bool fenced = false;                     // no registers touched since product_fence
   std::vector<std::uint32_t> unpublished;  // where it stored to shared memory
 };
 
