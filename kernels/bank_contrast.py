@@ -176,7 +176,8 @@ def _scan(
         if HAS_SCALE:
             s = s * scale[None, :]
         if not (NCE or FOLLOW) and (HAS_LABELS or HAS_EXCLUDE or HAS_VALID):
-            s = tl.maximum(s, factor - 126.0)  # a row that counts leaves a trace in the total
+            # A row that counts leaves a trace in the total; NaN stays NaN.
+            s = tl.maximum(s, factor - 126.0, propagate_nan=tl.PropagateNan.ALL)
         s = _mask(
             s,
             label,
@@ -662,8 +663,8 @@ def bank_contrast(
     """Loss of each query against all allowed bank rows, with its gradients; any temperature.
 
     InfoNCE, or NCE where log Z is given. Products run in the dtype of the query, float32 ones as
-    torch.backends.cuda.matmul.allow_tf32 says (by default in full precision, as three products of
-    tf32 parts); sums in float32, the end of each query in float64.
+    torch.backends.cuda.matmul.fp32_precision says (by default in full precision, as three products
+    of tf32 parts); sums in float32, the end of each query in float64.
 
     Not seen on a GPU yet: run by the interpreter, and compiled for sm_80, sm_90 and sm_100.
 
@@ -734,7 +735,7 @@ def _one_pass(problem: Problem, tile: tiles.Tile) -> tuple[Tensor, Tensor, Tenso
 def _two_products(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     B, K, D, dtype, device = problem.B, problem.K, problem.D, problem.dtype, problem.device
     arch = tiles.architecture(device)
-    first, second = tiles.bank_contrast_wide(arch, dtype, problem.flags)
+    first, second = tiles.bank_contrast_wide(arch, dtype, problem.flags, problem.bank.dtype)
     BLOCK_K = first["BLOCK_K"]
     chunk = min(tiles.chunk_rows(B, D, dtype, BLOCK_K), triton.cdiv(max(K, 1), BLOCK_K) * BLOCK_K)
     blocks = triton.cdiv(B, second["BLOCK_B"]) * triton.cdiv(D, second["BLOCK_D"])
@@ -796,9 +797,9 @@ def _two_products(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fits_copy_engine(tensor: Tensor) -> bool:
-    """Rows begin at multiples of 16 bytes, and there are some."""
+    """Rows begin at multiples of 16 bytes, and there are some, by numbers of 32 bits."""
     row_bytes = tensor.shape[1] * tensor.element_size()
-    return tensor.shape[0] > 0 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return 0 < tensor.shape[0] < 1 << 31 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
 def _described(tensor: Tensor, block: tuple[int, int], wanted: bool) -> tuple[Any, bool]:

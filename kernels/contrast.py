@@ -368,7 +368,8 @@ def padded(D: int) -> int:
 def precision(dtype: torch.dtype) -> str:
     """Of products: three products of tf32 parts make one of float32, unless PyTorch may use one."""
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+        # The older allow_tf32 raises where the user has set fp32_precision; this follows both.
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     return "ieee"
 
 

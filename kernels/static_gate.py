@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from codir_fast.kernels import variants
+from codir_fast.kernels import tiles, variants
 from codir_fast.kernels.ahead_of_time import INSTRUCTIONS, Built, build
 from codir_fast.kernels.variants import ARCHITECTURES, Variant
 
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
+# Bytes a program may have. sm_80's tiles serve sm_86, sm_89 and sm_120 too, which have less.
+SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 TIMES_FEWER_WAITS = 4  # than wgmma: more are a loop that waits for each product
 
 
@@ -27,7 +28,7 @@ def faults(variant: Variant, built: Built) -> list[str]:
     counts = built.counts
     if built.stack or counts["LDL"] or counts["STL"]:
         found.append(f"spills: {built.stack} bytes, {counts['LDL']} LDL, {counts['STL']} STL")
-    if built.shared > SHARED_LIMIT[variant.arch]:
+    if built.shared > tiles.choose(SHARED_LIMIT, variant.arch):
         found.append(f"{built.shared} bytes of shared memory")
     if variant.kernel is variants.bank_contrast.bank_contrast_kernel:
         found += _faults_of_the_pass(variant, counts)
@@ -37,9 +38,9 @@ def faults(variant: Variant, built: Built) -> list[str]:
 def _faults_of_the_pass(variant: Variant, counts: dict[str, int]) -> list[str]:
     wide = variant.arguments["BLOCK_B"] >= 64
     half = variant.arguments["PRECISION"] == "ieee"
-    if not (wide and half) or variant.arch == 80:
+    if not (wide and half) or not 90 <= variant.arch < 120:
         return [] if counts["HMMA"] else ["no HMMA"]
-    if variant.arch == 100:
+    if variant.arch >= 100:
         return [] if counts["UTCHMMA"] else ["no UTCHMMA"]
     waits, products = counts["WARPGROUP.DEPBAR"], counts["HGMMA"]
     if not products:

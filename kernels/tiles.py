@@ -147,6 +147,8 @@ BANK_CONTRAST: dict[int, dict[Any, dict[int, dict[int, _Tiles]]]] = {
     },
 }
 
+BANK_CONTRAST[120] = BANK_CONTRAST[80]  # no wgmma, no tcgen05, and less shared memory than sm_80
+
 
 class WideTile(NamedTuple):
     """The product that makes weights: BLOCK_B x BLOCK_K of them, CHUNK_D columns at a time."""
@@ -196,6 +198,8 @@ BANK_CONTRAST_WIDE: dict[int, dict[Any, tuple[WideTile, WideTile, RowsTile]]] = 
     },
 }
 
+BANK_CONTRAST_WIDE[120] = BANK_CONTRAST_WIDE[80]
+
 
 class BackwardTile(NamedTuple):
     """BLOCK_K x BLOCK_D of the bank's gradient; logits of BLOCK_B queries, CHUNK_D columns at a
@@ -239,26 +243,37 @@ def bank_contrast(
     """The tile of the one-pass kernel, with BLOCK_D; empty where D is too wide for it."""
     BLOCK_D = max(64, triton.next_power_of_2(D))
     by_width = choose(BANK_CONTRAST, arch)[_key(dtype)]
-    float8 = bank_dtype == torch.float8_e4m3fn  # brought to the queries' dtype in registers
-    widest = 256 if float8 else max(by_width)
+    converted = _is_converted(dtype, bank_dtype)
+    widest = min(256, max(by_width)) if converted else max(by_width)
     wide_enough = [width for width in by_width if BLOCK_D <= width <= widest]
     if not wide_enough:
         return {}
     by_queries = by_width[min(wide_enough)]
     plain, masked = by_queries[min(limit for limit in by_queries if limit >= B)]
     load = sum(flags[name] for name in ("HAS_LABELS", "HAS_SCALE", "NCE")) + 2 * flags["HAS_VALID"]
-    load += float8
+    load += converted
     tile = masked if load else plain
     if load > 1:
         tile = tile._replace(BLOCK_K=max(16, tile.BLOCK_K // 2))
     return {**tile._asdict(), "BLOCK_D": BLOCK_D}
 
 
+def _is_converted(dtype: torch.dtype, bank_dtype: torch.dtype | None) -> bool:
+    """Whether bank rows take registers on their way to the queries' dtype, beside shared memory in
+    their own: of float32 twice as much.
+    """
+    if bank_dtype == torch.float8_e4m3fn:
+        return True
+    return _key(dtype) == HALF and bank_dtype not in (None, dtype)
+
+
 def bank_contrast_wide(
-    arch: int, dtype: torch.dtype, flags: dict[str, Any]
+    arch: int, dtype: torch.dtype, flags: dict[str, Any], bank_dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tiles of the two products."""
     weights, of_nce, rows = choose(BANK_CONTRAST_WIDE, arch)[_key(dtype)]
+    if _key(dtype) == HALF and bank_dtype == torch.float32:
+        rows = rows._replace(BLOCK_D=64)
     return (of_nce if flags["NCE"] else weights)._asdict(), rows._asdict()
 
 

@@ -41,6 +41,8 @@ USES: dict[str, dict[str, bool]] = {
 }
 # A float8 bank has a scale for each of its rows.
 FLOAT8_USES = ("rows of any length", "rows of any length, labels")
+# A bank keeps float32 rows unless it is told otherwise; under autocast queries are bfloat16.
+FLOAT32_USES = ("all rows", "bank with labels", "bank not full")
 FLAGS = ("HAS_SCALE", "HAS_LABELS", "HAS_EXCLUDE", "HAS_VALID", "HAS_TAIL", "NCE", "T_ON_DEVICE")
 
 
@@ -84,6 +86,11 @@ def _every(arch: int) -> Iterator[Variant]:
             for B in (16, 32, 64, 128):
                 for use in FLOAT8_USES:
                     yield from passes(arch, HALF, B, D, use, torch.float8_e4m3fn)
+    for use in FLOAT32_USES:
+        yield from two_products(arch, HALF, use, FLOAT)
+        for D in (64, 128, 256):
+            for B in (16, 32, 64, 128):
+                yield from passes(arch, HALF, B, D, use, FLOAT)
     for dtype in (HALF, FLOAT):
         for use in USES:
             yield from two_products(arch, dtype, use)
@@ -177,7 +184,7 @@ def two_products(
     """The kernels for embeddings that are wider than that."""
     flags, stored = _flags(use), bank_dtype or dtype
     dtypes = _dtypes(dtype, bank_dtype)
-    first, second = tiles.bank_contrast_wide(arch, dtype, flags)
+    first, second = tiles.bank_contrast_wide(arch, dtype, flags, bank_dtype)
     block = (first["BLOCK_K"], first["CHUNK_D"])
     queries = (first["BLOCK_B"], first["CHUNK_D"])
     tma = first["TMA"]

@@ -72,6 +72,65 @@ def test_the_pass(arch, dtype, use):
         build(variant)
 
 
+@pytest.mark.parametrize("arch", [89, 120])
+def test_the_pass_on_smaller_gpus(arch):
+    """They have a bit over half the shared memory of sm_80, and no newer matrix instruction."""
+    from codir_fast.kernels import variants
+
+    (variant,) = variants.passes(arch, HALF, 256, 128, "all rows")
+    assert build(variant).shared <= 99 << 10
+
+
+@pytest.mark.parametrize("B", [64, 256])
+def test_a_float32_bank_beside_queries_of_half_precision(B):
+    from codir_fast.kernels import variants
+
+    (variant,) = variants.passes(90, HALF, B, 256, "all rows", FLOAT)
+    build(variant)
+
+
+def test_the_copy_engine_takes_row_numbers_of_32_bits():
+    from codir_fast.kernels.bank_contrast import _fits_copy_engine
+
+    row = torch.empty(1, 8, dtype=HALF)
+    assert _fits_copy_engine(row.expand((1 << 31) - 1, 8))
+    assert not _fits_copy_engine(row.expand(1 << 31, 8))
+
+
+def test_nan_stays_nan_under_masks():
+    """A logit that is NaN is not lifted to the smallest that counts, as a GPU's maximum would."""
+    from codir_fast.kernels import ahead_of_time, variants
+
+    (variant,) = variants.passes(90, HALF, 16, 64, "bank with labels")
+    built = ahead_of_time.build(variant.kernel, variant.arch, variant.arguments, **variant.options)
+    assert "FMNMX.NAN" in built.sass
+
+
+@pytest.fixture
+def restore_fp32_precision():
+    matmul = torch.backends.cuda.matmul
+    before = torch.backends.fp32_precision, matmul.fp32_precision
+    yield
+    torch.backends.fp32_precision, matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("restore_fp32_precision")
+def test_tf32_is_asked_for_by_either_interface():
+    from codir_fast.kernels.contrast import precision
+
+    matmul = torch.backends.cuda.matmul
+    assert precision(FLOAT) == "tf32x3"
+    torch.backends.fp32_precision = "tf32"
+    assert precision(FLOAT) == "tf32"
+    matmul.fp32_precision = "ieee"
+    assert precision(FLOAT) == "tf32x3"
+    torch.backends.fp32_precision = "none"
+    for allowed in (True, False):
+        matmul.allow_tf32 = allowed
+        assert precision(FLOAT) == ("tf32" if allowed else "tf32x3")
+    assert precision(HALF) == "ieee"
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_other_kernels(arch):
     from codir_fast.kernels import variants
@@ -156,6 +215,16 @@ def test_launches(launched, B, K, D, dtype, masks):
     launched.clear()
     indexed_contrast.indexed_contrast_backward(grad, query, bank, lse=lse, index=index, **options)
     assert launched == ["prepare_kernel", "indexed_contrast_backward_kernel"]
+
+
+@pytest.mark.parametrize("D", [384, 768])
+def test_launches_with_a_float32_bank(launched, D):
+    """As a queue of the default dtype has it under autocast: its tiles fit into shared memory."""
+    from codir_fast.kernels import bank_contrast
+
+    query, bank, options = inputs(64, 300, D, HALF, False, nce=False)
+    bank_contrast.bank_contrast(query, query, bank.float(), **options)
+    assert launched[-2:] == ["bank_contrast_rows_kernel", "combine_kernel"]
 
 
 def test_launches_of_pooling_and_update(launched):
