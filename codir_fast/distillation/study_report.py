@@ -155,7 +155,7 @@ def plot_differences(lines: list[Line], reference: str, path: Path) -> None:
         axis.axvline(0, color="grey", linewidth=1)
         axis.set_yticks(range(len(arms)), arms)
         axis.set_ylim(len(arms) - 0.5, -0.5)
-        axis.set_title(f"{title}, {'more' if more else 'less'} is better", fontsize=9)
+        axis.set_title(f"{title}, {'more' if more else 'less'} is better", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
     figure.suptitle(f"Difference to {reference}, 95 % intervals; green: better than it")
     save(figure, path)
