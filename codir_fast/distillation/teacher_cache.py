@@ -161,11 +161,22 @@ def _make(folder: Path, parts: dict[str, Any], tokens: Dataset, outputs: _Output
         )
         (partial / MADE_FROM).write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
         write_manifest(partial, 0)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        _put(partial, folder, parts)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _put(partial: Path, folder: Path, parts: dict[str, Any]) -> None:
+    """Another run may have made the same meanwhile, and read it: what is whole stays."""
+    if folder.exists() and _fault(folder, parts) is not None:
+        shutil.rmtree(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if _fault(folder, parts) is not None:
+            raise
+        shutil.rmtree(partial)
 
 
 def _fault(folder: Path, parts: dict[str, Any]) -> str | None:

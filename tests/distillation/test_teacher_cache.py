@@ -160,6 +160,25 @@ def test_a_damaged_cache_is_made_again(tokens, tmp_path, capsys, name):
     assert folders(directory) == [folder.name]
 
 
+def test_what_another_run_made_meanwhile_stays(tokens, tmp_path, monkeypatch):
+    """Two runs begin without a cache; the second one ends while the first one reads its own."""
+    directory, model = tmp_path / "cache", make_model(make_teacher())
+    live, inodes = model.teacher_outputs, []
+
+    def slow(**inputs):
+        if not inodes:
+            inodes.append(0)
+            cached(model, tokens, directory)  # the other run, from start to end
+            (made,) = (path for path in directory.iterdir() if not path.name.startswith("partial"))
+            inodes[0] = (made / OUTPUTS).stat().st_ino
+        return live(**inputs)
+
+    monkeypatch.setattr(model, "teacher_outputs", slow)
+    both = cached(model, tokens, directory)
+    (name,) = folders(directory)
+    assert (directory / name / OUTPUTS).stat().st_ino == inodes[0] and len(both) == 21
+
+
 def test_outputs_that_are_not_finite_are_refused_and_nothing_is_kept(tokens, tmp_path):
     teacher = make_teacher()
     with torch.no_grad():
