@@ -131,8 +131,8 @@ BANK_CONTRAST: dict[int, dict[Any, dict[int, dict[int, _Tiles]]]] = {
             128: {
                 16: (_tma(16, 128, 4, 3), _tma(16, 64, 4, 3)),
                 32: (_tma(32, 128, 4, 3), _tma(32, 64, 8, 3)),
-                64: (_tma(64, 128, 4, 3), _tma(64, 32, 8, 2)),
-                _ALL: (_tma(128, 128, 8, 3), _tma(64, 32, 8, 2)),
+                64: (_tma(64, 128, 4, 3), _tma(64, 64, 8, 2)),
+                _ALL: (_tma(128, 128, 8, 3), _tma(64, 64, 8, 2)),
             },
             256: {
                 16: (_tma(16, 64, 4, 3), _tma(16, 32, 8, 3)),
@@ -255,16 +255,23 @@ def bank_contrast(
     tile = masked if load else plain
     if load > 1:
         tile = tile._replace(BLOCK_K=max(16, tile.BLOCK_K // 2))
+    if load > 2 and _is_widest(dtype, bank_dtype):
+        tile = tile._replace(num_stages=2)
     return {**tile._asdict(), "BLOCK_D": BLOCK_D}
 
 
 def _is_converted(dtype: torch.dtype, bank_dtype: torch.dtype | None) -> bool:
     """Whether bank rows take registers on their way to the queries' dtype, beside shared memory in
-    their own: of float32 twice as much.
+    their own.
     """
     if bank_dtype == torch.float8_e4m3fn:
         return True
     return _key(dtype) == HALF and bank_dtype not in (None, dtype)
+
+
+def _is_widest(dtype: torch.dtype, bank_dtype: torch.dtype | None) -> bool:
+    """Whether that is twice the shared memory that the tables reckon with."""
+    return _key(dtype) == HALF and bank_dtype == torch.float32
 
 
 def bank_contrast_wide(
@@ -272,7 +279,7 @@ def bank_contrast_wide(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tiles of the two products."""
     weights, of_nce, rows = choose(BANK_CONTRAST_WIDE, arch)[_key(dtype)]
-    if _key(dtype) == HALF and bank_dtype == torch.float32:
+    if _is_widest(dtype, bank_dtype):
         rows = rows._replace(BLOCK_D=64)
     return (of_nce if flags["NCE"] else weights)._asdict(), rows._asdict()
 
