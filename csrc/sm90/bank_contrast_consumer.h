@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "sm90/bank_contrast_producer.h"
+#include "sm90/bank_contrast_items.h"
 #include "sm90/device.h"
 #include "sm90/weighing.h"
 
@@ -34,7 +34,7 @@ struct Consumer {
   // The first of this thread's two queries of the item, the other is 8 further.
   CODIR_FAST_DEVICE int first_query(const Item& item) const {
     return item.row_tile * a.plan.block_b + (a.plan.alternate ? 0 : warpgroup() * kConsumerRows) +
-           thread() / 32 * 16 + thread() % 32 / 4;
+           first_row_of_thread();
   }
 
   CODIR_FAST_DEVICE void wait_for_tile(int number) const {
@@ -167,25 +167,7 @@ struct Consumer {
   }
 
   CODIR_FAST_DEVICE void store(const Item& item) const {
-    const Plan& plan = a.plan;
-    const float scale = Config::kScalesWeights ? 1 / kHalfWeightScale : 1.0f;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = first_query(item) + 8 * r;
-      if (query >= plan.B) continue;
-      const std::int64_t at = std::int64_t{item.split} * plan.B + query;
-      if (thread() % 4 == 0) {
-        a.maximum[at] = weigher.maximum[r];
-        a.total[at] = weigher.total[r];
-      }
-#pragma unroll
-      for (int i = 0; i < Config::kD / 8; ++i) {
-        const int column = 8 * i + 2 * (thread() % 4);
-        if (column >= plan.D) continue;
-        store_pair(a.rows + at * plan.D + column, rows[4 * i + 2 * r] * scale,
-                   rows[4 * i + 2 * r + 1] * scale);
-      }
-    }
+    store_sums<Config>(a, item.split, first_query(item), 0, rows, weigher, true);
   }
 };
 

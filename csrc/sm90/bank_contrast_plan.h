@@ -134,9 +134,9 @@ constexpr int kFewRowTiles = 8;
 // as partial sums stay below kMaxPartialBytes.
 inline Plan make_plan(int B, int K, int D, Weighing weighing, int num_multiprocessors) {
   Plan plan = plan_tiles(B, K, D, weighing);
-  // 64 queries alone read tiles of wide rows faster than L2 gives them.
+  // 64 queries alone ask much of L2: a tile of wide rows for few products.
   const bool shares = is_wide(padded_dim(D)) && num_multiprocessors > 1 && plan.row_tiles > 1;
-  if (shares && (plan.row_tiles % 2 == 0 || plan.row_tiles > kFewRowTiles)) {
+  if (shares && (plan.row_tiles % kCluster == 0 || plan.row_tiles > kFewRowTiles)) {
     plan.cluster = kCluster;
     plan.row_tiles += plan.row_tiles % kCluster;
   }

@@ -113,29 +113,6 @@ CODIR_FAST_DEVICE void init_barriers(Shared<Config> shared, const Plan& plan) {
   publish_barriers();
 }
 
-// The items of the block, one after the other, for consumers: sigmoids leave no register for the
-// number of items so far, nor for where it is kept, in shared memory for each warp.
-template <typename Config>
-struct ItemsOfBlock {
-  Shared<Config> shared;
-  const PassArguments& a;
-
-  CODIR_FAST_DEVICE bool has(int round) const { return number(round) < a.plan.num_items; }
-  CODIR_FAST_DEVICE Item begin(int round) const {
-    sync_warp();  // all its threads have read the number before
-    store_shared_word(kept(), round);
-    return item_at(a.plan, number(round));
-  }
-  CODIR_FAST_DEVICE Item again() const { return item_at(a.plan, number(load_shared_word(kept()))); }
-  CODIR_FAST_DEVICE int next_round() const { return load_shared_word(kept()) + 1; }
-
- private:
-  CODIR_FAST_DEVICE int number(int round) const { return block_index() + round * num_blocks(); }
-  CODIR_FAST_DEVICE std::uint32_t kept() const {
-    return shared.items(forget(thread_index()) / 32 - kWarpgroup / 32);
-  }
-};
-
 // Bank row at which the n-th tile of an item begins.
 template <typename Config>
 CODIR_FAST_DEVICE int tile_row(const Plan& plan, const Item& item, int n) {
@@ -156,7 +133,7 @@ CODIR_FAST_DEVICE void copy_part(Shared<Config> shared, const TensorMap& bank,
     const std::uint32_t to = shared.part(place.stage) + panel * panel_bytes(Config::kBlockK);
     const int column = (number % Config::kParts * Config::kPartPanels + panel) * kPanelColumns;
     if (Config::kWide && a.plan.cluster > 1) {
-      // Not by a.plan.cluster: a division for each box would take half as long as the tile.
+      // Not by a.plan.cluster: that would be a division for each box.
       const int first = block_of_cluster() * (Config::kBlockK / kCluster);
       copy_box_to_cluster(to + first * kRowBytes, bank, row + first, column, full,
                           (1 << kCluster) - 1, policy);
@@ -232,8 +209,7 @@ CODIR_FAST_DEVICE void describe_tiles(Shared<Config> shared, const PassArguments
       const RingPlace place = ring_place(number, kStages);
       const int slot = Config::kParts * place.stage;
       const int first_row = tile_row<Config>(a.plan, item, n);
-      // All at once and before the wait: global memory takes about as long to answer as consumers
-      // to work on a tile.
+      // All at once and before the wait: global memory answers slowly.
       RowFacts facts[kRows];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {

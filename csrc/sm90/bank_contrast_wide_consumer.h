@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "sm90/bank_contrast_producer.h"
+#include "sm90/bank_contrast_items.h"
 #include "sm90/device.h"
 #include "sm90/weighing.h"
 
@@ -35,10 +35,9 @@ struct WideConsumer {
 
   static CODIR_FAST_DEVICE int thread() { return thread_index() % kWarpgroup; }
 
-  // The first of this thread's two queries within the block, the other is 8 further.
-  static CODIR_FAST_DEVICE int first_row() { return thread() / 32 * 16 + thread() % 32 / 4; }
+  // The first of this thread's two queries of the item, the other is 8 further.
   CODIR_FAST_DEVICE int first_query(const Item& item) const {
-    return item.row_tile * a.plan.block_b + first_row();
+    return item.row_tile * a.plan.block_b + first_row_of_thread();
   }
 
   CODIR_FAST_DEVICE void wait_for_tile(int number) const {
@@ -98,12 +97,12 @@ struct WideConsumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (thread() % 4 == 0)
-        store_shared_float(shared.exchange(kMe, first_row() + 8 * r), largest[r]);
+        store_shared_float(shared.exchange(kMe, first_row_of_thread() + 8 * r), largest[r]);
     }
     named_barrier_sync(kAllConsumers, 2 * kWarpgroup);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float other = load_shared_float(shared.exchange(kOther, first_row() + 8 * r));
+      const float other = load_shared_float(shared.exchange(kOther, first_row_of_thread() + 8 * r));
       largest[r] = largest[r] < other ? other : largest[r];
     }
   }
@@ -112,9 +111,9 @@ struct WideConsumer {
   CODIR_FAST_DEVICE void pack_weights(const float (&logits)[kBlockK / 2], int number) {
     const float scale = Config::kScalesWeights ? kHalfWeightScale : 1.0f;
     const std::uint32_t to =
-        shared.weights(number % kStages) + first_row() * kRowBytes + thread() % 4 * 4;
+        shared.weights(number % kStages) + first_row_of_thread() * kRowBytes + thread() % 4 * 4;
     // Worked out anew for each tile: what it is exchanged to would stay in registers.
-    const int swizzle = forget(first_row() % 8 * 16);
+    const int swizzle = forget(first_row_of_thread() % 8 * 16);
 #pragma unroll
     for (int i = 0; i < kBlockK / 4; ++i) {
       weights[i] = pack<Element>(logits[2 * i] * scale, logits[2 * i + 1] * scale);
@@ -168,36 +167,18 @@ struct WideConsumer {
     if (kMe == 1) {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        store_shared_float(shared.exchange(1, first_row() + 8 * r), weigher.total[r]);
+        store_shared_float(shared.exchange(1, first_row_of_thread() + 8 * r), weigher.total[r]);
       named_barrier_arrive(kAllConsumers, 2 * kWarpgroup, true);
       return;
     }
     named_barrier_sync(kAllConsumers, 2 * kWarpgroup);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      weigher.total[r] += load_shared_float(shared.exchange(1, first_row() + 8 * r));
+      weigher.total[r] += load_shared_float(shared.exchange(1, first_row_of_thread() + 8 * r));
   }
 
   CODIR_FAST_DEVICE void store(const Item& item) const {
-    const Plan& plan = a.plan;
-    const float scale = Config::kScalesWeights ? 1 / kHalfWeightScale : 1.0f;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int query = first_query(item) + 8 * r;
-      if (query >= plan.B) continue;
-      const std::int64_t at = std::int64_t{item.split} * plan.B + query;
-      if (kMe == 0 && thread() % 4 == 0) {
-        a.maximum[at] = weigher.maximum[r];
-        a.total[at] = weigher.total[r];
-      }
-#pragma unroll
-      for (int i = 0; i < kColumns / 8; ++i) {
-        const int column = kMe * kColumns + 8 * i + 2 * (thread() % 4);
-        if (column >= plan.D) continue;
-        store_pair(a.rows + at * plan.D + column, rows[4 * i + 2 * r] * scale,
-                   rows[4 * i + 2 * r + 1] * scale);
-      }
-    }
+    store_sums<Config>(a, item.split, first_query(item), kMe * kColumns, rows, weigher, kMe == 0);
   }
 };
 
