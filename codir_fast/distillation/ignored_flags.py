@@ -10,6 +10,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames, ParallelMode
 
+from codir_fast.distillation.output_folder import resumes
 from codir_fast.errors import UsageError
 
 DEFAULTS = {field.name: field.default for field in fields(TrainingArguments)}
@@ -110,8 +111,7 @@ def _of_evaluation(
 def _of_saving(training: TrainingArguments, given: Mapping[str, str]) -> Iterator[Condition]:
     saves, logs = training.save_strategy, training.logging_strategy
     yield ("save_steps",), saves == SaveStrategy.STEPS, "`save_strategy` steps"
-    resumes = str(training.resume_from_checkpoint).lower() not in ("none", "false")
-    yield ("ignore_data_skip",), resumes, "`resume_from_checkpoint`"
+    yield ("ignore_data_skip",), resumes(training), "`resume_from_checkpoint`"
     yield (
         ("save_total_limit", "save_only_model"),
         saves != SaveStrategy.NO,

@@ -37,7 +37,7 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
     if training.should_save:  # one process of several
         _check_writable(directory)
     used = directory.is_dir() and not all(map(_is_of_a_start, directory.iterdir()))
-    if used and not (output.overwrite_output_dir or training.resume_from_checkpoint):
+    if used and not (output.overwrite_output_dir or resumes(training)):
         raise UsageError(
             f"`output_dir` must be empty, {directory} is not; give --overwrite_output_dir to write "
             "into it or --resume_from_checkpoint to go on"
@@ -73,13 +73,18 @@ def _check_writable(directory: Path) -> None:
                 path.rmdir()
 
 
+def resumes(training: TrainingArguments) -> bool:
+    """Whether the run goes on from a checkpoint."""
+    return str(training.resume_from_checkpoint).lower() not in ("none", "false")
+
+
 def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     """The folder that --resume_from_checkpoint means: itself, or for True the output's last one;
     it is as it was written.
     """
-    wanted = training.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
+    if not resumes(training):
         return None
+    wanted = training.resume_from_checkpoint
     if str(wanted).lower() == "true":
         return str(last_whole_checkpoint(Path(str(training.output_dir)), say))
     return str(whole_checkpoint(wanted))

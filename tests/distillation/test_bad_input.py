@@ -262,6 +262,10 @@ TRAINING = {
     "output in the kernel": ({"--output_dir": "/proc/out"}, "`output_dir` must be a folder"),
     "output too long": ({"--output_dir": "o" * 300}, "`output_dir` must be a folder"),
     "output with a zero": ({"--output_dir": "o\0t"}, "`output_dir` must be a folder"),
+    "output is used, not resumed": (
+        {"--output_dir": "FOLDER/teacher", "--resume_from_checkpoint": "False"},
+        "`output_dir` must be empty",
+    ),
     "output is used": ({"--output_dir": "FOLDER/teacher"}, "`output_dir` must be empty"),
     "no checkpoint": ({"--resume_from_checkpoint": "True"}, "found no checkpoint"),
     "no checkpoint at all": (
