@@ -61,8 +61,9 @@ def contrastive_loss(
     e^s / Z, c = M / n for M negatives offered to each query out of n, and eps = 1e-7.
 
     Nothing of size B x K is made, and loss and gradients come out of one pass over the negatives.
-    On a GPU products run in the dtype of `query` (float32 ones as
-    torch.backends.cuda.matmul.fp32_precision says), sums in float32; on a CPU all runs in float32,
+    On a GPU products run in the dtype of `query` where the operator normalises it (`normalize` with
+    `negative_keys`, neither `symmetric` nor NCE over several ranks), else in float32, which is as
+    torch.backends.cuda.matmul.fp32_precision says; sums in float32. On a CPU all runs in float32,
     or float64 for float64 input. A query without negatives (an empty A_i, K = 0) has InfoNCE loss 0
     and gradient 0; in NCE the positive's term stays, and c is 1 where M or n is 0. As in PyTorch,
     the mean over no query (B = 0) is NaN.
