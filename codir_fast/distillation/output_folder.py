@@ -84,7 +84,7 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     """
     if not resumes(training):
         return None
-    wanted = training.resume_from_checkpoint
-    if str(wanted).lower() == "true":
+    wanted = str(training.resume_from_checkpoint)
+    if wanted.lower() == "true":
         return str(last_whole_checkpoint(Path(str(training.output_dir)), say))
     return str(whole_checkpoint(wanted))
