@@ -11,17 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from isolation import (  # noqa: F401 (hooks)
-    pytest_configure,
-    pytest_runtest_logreport,
-    pytest_runtest_protocol,
-)
 
 from codir_fast.backend import resolve
 
 # Where algorithms must be deterministic, cuBLAS wants this before it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-torch.set_num_threads(min(2, torch.get_num_threads()))  # of each of several processes
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes
+    torch.set_num_threads(min(2, torch.get_num_threads()))
 ON = os.environ.get("CODIR_FAST_GPU_TESTS_ON", "cuda")
 if ON == "cpu":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
