@@ -14,6 +14,8 @@ from transformers.utils import logging
 from codir_fast.distillation.checkpoint import advice
 from codir_fast.errors import LostProcess
 
+_GIVEN_UP = "Application timeout caused pair closure"
+
 
 def process_group(training: TrainingArguments) -> Any:
     """All processes of the run; None where this one is alone."""
@@ -60,8 +62,11 @@ def telling_of_loss(training: TrainingArguments) -> Iterator[None]:
 
 
 def _is_of_connection(error: RuntimeError) -> bool:
-    """gloo raises what anything raises; but it names itself."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """gloo raises what anything raises. Its messages begin with one of its file names, but for that
+    of a collective whose connection was given up because another one waited too long.
+    """
+    said = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in said or _GIVEN_UP in said
 
 
 class OwnRandomNumbers(TrainerCallback):

@@ -2,8 +2,10 @@
 with another number of them; a process that dies.
 """
 
+import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,9 +28,11 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, Trainin
 
 from codir_fast import DistillationConfig, DistillationModel
 from codir_fast.distillation.checkpoint import checkpoints
+from codir_fast.distillation.processes import telling_of_loss
 from codir_fast.distillation.student import student_from_teacher
 from codir_fast.distillation.trainer import check_arguments, check_banks
 from codir_fast.distillation.training_state import load_tree
+from codir_fast.errors import LostProcess
 
 STATE = "distillation_state.safetensors"
 FILES = ("model.safetensors", STATE)
@@ -236,6 +240,25 @@ def test_a_process_that_ends_or_hangs_ends_the_others(folder, ranks, tmp_path, w
     for name in ("run", "other"):
         ranks.run_well(distill(folder, tmp_path / name, 2, **given), 2)
     assert_alike(output, tmp_path / "other", tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("processes", "error", "as_lost"),
+    [
+        (2, "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer", True),
+        # Of a collective under way beside the one that ran out of time.
+        (2, "Application timeout caused pair closure", True),
+        (2, "mat1 and mat2 shapes cannot be multiplied", False),
+        (1, "Application timeout caused pair closure", False),
+    ],
+)
+def test_errors_of_connections_are_known(tmp_path, processes, error, as_lost):
+    training = argparse.Namespace(
+        world_size=processes, process_index=0, ddp_timeout=5, output_dir=str(tmp_path)
+    )
+    with pytest.raises(RuntimeError, match=re.escape(error)) as raised, telling_of_loss(training):
+        raise RuntimeError(error)
+    assert isinstance(raised.value, LostProcess) == as_lost
 
 
 def test_pretraining_fills_one_queue(exact, ranks, tmp_path):
