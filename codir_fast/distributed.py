@@ -182,7 +182,7 @@ def partial_sums(
         ranks, num_rows = negative_keys.shard.ranks, len(negative_keys.rows)
         here = GlobalBatch(ranks, (len(query),), 0, num_rows)
     picks = (labels, negative_labels, negative_index, exclude_index)
-    chosen = choose_negatives(query, positive_key, negative_keys, normalize, *picks, here)
+    chosen = choose_negatives(query, positive_key, negative_keys, normalize, backend, *picks, here)
     check_float8(chosen, temperature)
     log_z = None if log_partition is None else as_scalar(log_partition, query)
     inv_temperature = inverse_temperature(temperature, query)

@@ -20,7 +20,7 @@ from codir_fast.loss_arguments import (
     inverse_temperature,
     prepare,
 )
-from codir_fast.negatives import ChosenNegatives, Negatives, choose_negatives
+from codir_fast.negatives import ChosenNegatives, Negatives, choose_ways
 from codir_fast.ops.bank_contrast import bank_contrast
 from codir_fast.ops.indexed_contrast import indexed_contrast
 from codir_fast.sharded_contrast import (
@@ -61,12 +61,11 @@ def contrastive_loss(
     e^s / Z, c = M / n for M negatives offered to each query out of n, and eps = 1e-7.
 
     Nothing of size B x K is made, and loss and gradients come out of one pass over the negatives.
-    On a GPU products run in the dtype of `query` where the operator normalises it (`normalize` with
-    `negative_keys`, neither `symmetric` nor NCE over several ranks), else in float32, which is as
-    torch.backends.cuda.matmul.fp32_precision says; sums in float32. On a CPU all runs in float32,
-    or float64 for float64 input. A query without negatives (an empty A_i, K = 0) has InfoNCE loss 0
-    and gradient 0; in NCE the positive's term stays, and c is 1 where M or n is 0. As in PyTorch,
-    the mean over no query (B = 0) is NaN.
+    On a GPU products run in the dtype of `query`, float32 ones as
+    torch.backends.cuda.matmul.fp32_precision says, and sums in float32 (NCE over several ranks: all
+    in float32). On a CPU all runs in float32, or float64 for float64 input. A query without
+    negatives (an empty A_i, K = 0) has InfoNCE loss 0 and gradient 0; in NCE the positive's term
+    stays, and c is 1 where M or n is 0. As in PyTorch, the mean over no query (B = 0) is NaN.
 
     Args:
         query: q, (B, D), float32, float64, bfloat16 or float16.
@@ -148,13 +147,14 @@ def contrastive_loss(
         settings = (*options, *alike(temperature, normalize, symmetric, num_data, *given))
         vectors = (query, positive_key, negative_keys)
         batch = agree_on_batch("contrastive_loss", process_group, vectors, settings)
-    # The operator brings query and positive to unit length, unless they serve as negatives too, or
-    # NCE's sums are split over ranks.
+    # The operator brings query and positive to unit length, unless NCE's sums are split over ranks.
     is_split_nce = batch is not None and objective == "nce"
-    by_operator = normalize and not (negative_keys is None or symmetric or is_split_nce)
-    q, p = (query, positive_key) if by_operator else prepare(query, positive_key, normalize)
+    by_operator = normalize and not is_split_nce
+    q, p = prepare(query, positive_key, normalize) if is_split_nce else (query, positive_key)
     inv_temperature = inverse_temperature(temperature, query)
-    negatives = choose_negatives(query, p, negative_keys, normalize, *given, batch)
+    how = (symmetric, negative_keys, normalize, backend, *given, batch)
+    chosen = choose_ways(query, positive_key, *how)
+    negatives = chosen[0]
     check_float8(negatives, temperature)
     log_z, counts = None, (1, 1)
     if objective == "nce":
@@ -163,12 +163,13 @@ def contrastive_loss(
             counts = (1, 1)
         if log_partition is None:
             pair = prepare(query, positive_key, normalize)
-            ways = _directions(*pair, negatives, symmetric)
-            log_z = _log_partition(ways, inv_temperature, num_data, backend, batch)
+            log_z = _log_partition(
+                _directions(*pair, chosen), inv_temperature, num_data, backend, batch
+            )
         else:
             log_z = as_scalar(log_partition, query)
     meant = Objective(inv_temperature, log_z, *counts, by_operator, backend)
-    losses = _losses(_directions(q, p, negatives, symmetric), meant, batch)
+    losses = _losses(_directions(q, p, chosen), meant, batch)
     loss = (losses[0] + losses[1]) / 2 if symmetric else losses[0]
     return _reduce(loss, weight, reduction, batch)
 
@@ -210,9 +211,9 @@ def estimate_log_partition(
         vectors = (query, positive_key, negative_keys)
         batch = agree_on_batch("estimate_log_partition", process_group, vectors, settings)
     q, p = prepare(query, positive_key, normalize)
-    negatives = choose_negatives(query, p, negative_keys, normalize, *given, batch)
+    how = (symmetric, negative_keys, normalize, backend, *given, batch)
+    ways = _directions(q, p, choose_ways(query, positive_key, *how))
     inv_temperature = inverse_temperature(temperature, query)
-    ways = _directions(q, p, negatives, symmetric)
     return _log_partition(ways, inv_temperature, num_data, backend, batch)
 
 
@@ -275,15 +276,10 @@ def _loss(
     return indexed_contrast(*vectors, negatives.index, **picks)
 
 
-def _directions(
-    query: Tensor, positive: Tensor, negatives: ChosenNegatives, symmetric: bool
-) -> list[Direction]:
-    """Who looks for whom among what; if `symmetric`, the other way round too."""
-    directions = [(query, positive, negatives)]
-    if symmetric:
-        exchanged = replace(negatives, rows=query) if negatives.in_batch else negatives
-        directions.append((positive, query, exchanged))
-    return directions
+def _directions(query: Tensor, positive: Tensor, chosen: list[ChosenNegatives]) -> list[Direction]:
+    """Who looks for whom among what; the other way round too, if there are negatives for it."""
+    pairs = ((query, positive), (positive, query))
+    return [(*pair, negatives) for pair, negatives in zip(pairs, chosen, strict=False)]
 
 
 def _reduce(

@@ -1,11 +1,12 @@
 """Where the negatives of the contrastive loss come from, and which count for which query."""
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from codir_fast.backend import resolve
 from codir_fast.checks import (
     INTEGERS,
     check_device,
@@ -67,19 +68,18 @@ class ChosenNegatives:
 
 def choose_negatives(
     query: Tensor,
-    positive: Tensor,
+    positive_key: Tensor,
     negative_keys: Negatives,
     normalize: bool,
+    backend: str,
     labels: Tensor | None,
     negative_labels: Tensor | None,
     negative_index: Tensor | None,
     exclude_index: Tensor | None,
     batch: GlobalBatch | None = None,
 ) -> ChosenNegatives:
-    """Checks all that picks the negatives; `positive` are the keys, prepared where they serve as
-    negatives. `batch`: of all ranks, where negatives are sharded.
-    """
-    chosen = _choose_rows(query, positive, negative_keys, normalize)
+    """Checks all that picks the negatives. `batch`: of all ranks, where negatives are sharded."""
+    chosen = _choose_rows(query, positive_key, negative_keys, normalize, backend)
     if batch is None and isinstance(negative_keys, (MemoryQueue, IndexedBank)):
         _check_whole(negative_keys)
     if batch is not None and not chosen.own:
@@ -95,11 +95,24 @@ def choose_negatives(
     return chosen
 
 
+def choose_ways(
+    query: Tensor, positive_key: Tensor, symmetric: bool, negative_keys: Negatives, *how: Any
+) -> list[ChosenNegatives]:
+    """The negatives of the queries, and if `symmetric` those of the positive keys as queries:
+    in-batch the queries, else the same. `how`: as choose_negatives takes it.
+    """
+    ways = [choose_negatives(query, positive_key, negative_keys, *how)]
+    if symmetric and negative_keys is None:
+        ways.append(choose_negatives(positive_key, query, negative_keys, *how))
+    return ways * 2 if symmetric and len(ways) == 1 else ways
+
+
 def _choose_rows(
-    query: Tensor, positive: Tensor, negative_keys: Negatives, normalize: bool
+    query: Tensor, positive_key: Tensor, negative_keys: Negatives, normalize: bool, backend: str
 ) -> ChosenNegatives:
     if negative_keys is None:
-        return ChosenNegatives(positive, source=None, total=len(positive))
+        rows = _with_gradient(positive_key, query, normalize, backend)
+        return ChosenNegatives(rows, source=None, total=len(rows))
     if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
         _check_bank(query, negative_keys)
         valid = None if negative_keys.is_full else negative_keys.valid
@@ -110,7 +123,7 @@ def _choose_rows(
             rows, source=negative_keys, total=len(rows), scale=scale, valid=valid
         )
     _check_explicit(query, negative_keys)
-    rows, scale = _explicit(negative_keys.flatten(0, -2), compute_dtype(query.dtype), normalize)
+    rows, scale = _explicit(negative_keys.flatten(0, -2), query, normalize, backend)
     chosen = ChosenNegatives(rows, source=negative_keys, total=len(rows), scale=scale)
     if chosen.own:
         B, M, _ = negative_keys.shape
@@ -118,14 +131,29 @@ def _choose_rows(
     return chosen
 
 
-def _explicit(rows: Tensor, wide: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def _with_gradient(rows: Tensor, query: Tensor, normalize: bool, backend: str) -> Tensor:
+    """Rows in the dtype that products run in, unit rows if `normalize`, whose gradient goes on to
+    what was given. GPU kernels multiply in the dtype of the query, all others in a wider one.
+    """
+    wide = dtype = compute_dtype(query.dtype)
+    if query.dtype != wide:
+        on_gpu = resolve("bank_contrast", backend, query, query.dtype) in ("triton", "cuda")
+        dtype = query.dtype if on_gpu else wide
+    if normalize:
+        rows = unit_rows(rows.to(wide))
+    return rows.to(dtype).contiguous()
+
+
+def _explicit(
+    rows: Tensor, query: Tensor, normalize: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
     """Rows, and their factors if any."""
     if not normalize:
         return rows.contiguous(), None
     if rows.requires_grad and torch.is_grad_enabled():
-        return unit_rows(rows.to(wide)).contiguous(), None
+        return _with_gradient(rows, query, normalize, backend), None
     # Without gradient the kernel scales the rows as it reads them, and no normalised copy is made.
-    return rows.contiguous(), _inverse_norm(rows.detach(), wide)
+    return rows.contiguous(), _inverse_norm(rows.detach(), compute_dtype(query.dtype))
 
 
 def _check_index(query: Tensor, index: Tensor, K: int) -> Tensor:

@@ -13,6 +13,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from codir_fast.kernels.labels import (
+    LABEL_BLOCK,
+    as_sought,
+    is_sorted,
+    label_blocks,
+    number_labels,
+)
 from torch import Tensor
 
 MAX_DIM = 4096
@@ -21,7 +28,6 @@ BANK_DTYPES = (*QUERY_DTYPES, torch.float8_e4m3fn)
 SCALAR_DTYPES = (torch.float32, torch.float64)
 
 NCE_EPS = 1e-7  # as in codir_fast.reference
-LABEL_BLOCK = 256
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -77,23 +83,7 @@ def _unit_row(out_ptr, rows_ptr, n, D, BLOCK_D: tl.constexpr):
     tl.store(out_ptr + n * D + d, unit.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
-def _number_labels(
-    numbers_ptr, given_ptr, labels_ptr, block, N, B, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr
-):
-    """For each of N given labels the first of the B queries that has it; -1 where none has."""
-    n = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    given = tl.load(given_ptr + n, mask=n < N, other=0)
-    first = tl.full((BLOCK_N,), 2147483647, tl.int32)
-    for i0 in range(0, B, BLOCK_B):
-        i = i0 + tl.arange(0, BLOCK_B)
-        label = tl.load(labels_ptr + i, mask=i < B, other=0)
-        same = (given[:, None] == label[None, :]) & (i < B)[None, :]
-        first = tl.minimum(first, tl.min(tl.where(same, i[None, :], 2147483647), 1))
-    tl.store(numbers_ptr + n, tl.where(first == 2147483647, -1, first), mask=n < N)
-
-
-@triton.jit(do_not_specialize=["B", "K", "num_rows", "label_blocks"])
+@triton.jit(do_not_specialize=["B", "K", "num_rows", "label_blocks", "halvings"])
 def prepare_kernel(
     unit_ptr,
     query_ptr,
@@ -101,19 +91,21 @@ def prepare_kernel(
     bank_numbers_ptr,
     labels_ptr,
     bank_labels_ptr,
+    sought_ptr,
     B,
     K,
     D,
     num_rows,
     label_blocks,
+    halvings,
     HAS_LABELS: tl.constexpr,
+    SORTED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     """Grid (num_rows + label_blocks + blocks of K,): the queries that are to be brought to unit
-    length, then labels as numbers of 32 bits, equal exactly where the labels are: half the
-    registers in the pass.
+    length, then labels as numbers (see labels.py), by those of the queries at sought_ptr.
     """
     n = tl.program_id(0)
     if n < num_rows:
@@ -121,11 +113,30 @@ def prepare_kernel(
     elif HAS_LABELS:
         block = n - num_rows
         if block < label_blocks:
-            _number_labels(numbers_ptr, labels_ptr, labels_ptr, block, B, B, BLOCK_N, BLOCK_B)
+            number_labels(
+                numbers_ptr,
+                labels_ptr,
+                sought_ptr,
+                block,
+                B,
+                B,
+                halvings,
+                SORTED,
+                BLOCK_N,
+                BLOCK_B,
+            )
         else:
-            block = block - label_blocks
-            _number_labels(
-                bank_numbers_ptr, bank_labels_ptr, labels_ptr, block, K, B, BLOCK_N, BLOCK_B
+            number_labels(
+                bank_numbers_ptr,
+                bank_labels_ptr,
+                sought_ptr,
+                block - label_blocks,
+                K,
+                B,
+                halvings,
+                SORTED,
+                BLOCK_N,
+                BLOCK_B,
             )
 
 
@@ -300,7 +311,7 @@ class Problem:
                 for size in (self.B, self.K)
             )
         num_rows = self.B if self.normalize else 0
-        blocks = [triton.cdiv(size, LABEL_BLOCK) if has_labels else 0 for size in (self.B, self.K)]
+        blocks = [label_blocks(size) if has_labels else 0 for size in (self.B, self.K)]
         prepare_kernel[(num_rows + sum(blocks),)](
             unit,
             self.query,
@@ -308,8 +319,10 @@ class Problem:
             bank_numbers,
             labels,
             bank_labels,
-            *(self.B, self.K, self.D, num_rows, blocks[0]),
+            as_sought(labels) if has_labels else None,
+            *(self.B, self.K, self.D, num_rows, blocks[0], self.B.bit_length()),
             HAS_LABELS=has_labels,
+            SORTED=is_sorted(self.B),
             **prepare_tile(padded(self.D)),
         )
         return unit, (scale, numbers, bank_numbers, exclude, valid)

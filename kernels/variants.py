@@ -283,17 +283,20 @@ def others(arch: int, D: int) -> Iterator[Variant]:
             given["inv_temperature"] = pointer(FLOAT)
         name = _name("combine", f"D={D}", "NCE" if NCE else "InfoNCE")
         yield _variant("bank_contrast", name, arch, contrast.combine_kernel, given)
-    given = {
-        **dict.fromkeys(("unit_ptr", "query_ptr"), pointer(HALF)),
-        **dict.fromkeys(("numbers_ptr", "bank_numbers_ptr"), pointer(torch.int32)),
-        **dict.fromkeys(("labels_ptr", "bank_labels_ptr"), pointer(torch.int64)),
-        **dict.fromkeys(("B", "K", "num_rows", "label_blocks"), COUNT),
-        "D": WIDTH,
-        "HAS_LABELS": True,
-        **contrast.prepare_tile(D),
-    }
-    name = _name("prepare", f"D={D}")
-    yield _variant("bank_contrast", name, arch, contrast.prepare_kernel, given)
+    for SORTED in (False, True):
+        labels = ("labels_ptr", "bank_labels_ptr", "sought_ptr")
+        given = {
+            **dict.fromkeys(("unit_ptr", "query_ptr"), pointer(HALF)),
+            **dict.fromkeys(("numbers_ptr", "bank_numbers_ptr"), pointer(torch.int32)),
+            **dict.fromkeys(labels, pointer(torch.int64)),
+            **dict.fromkeys(("B", "K", "num_rows", "label_blocks", "halvings"), COUNT),
+            "D": WIDTH,
+            "HAS_LABELS": True,
+            "SORTED": SORTED,
+            **contrast.prepare_tile(D),
+        }
+        name = _name("prepare", f"D={D}", "labels sorted" if SORTED else "labels compared")
+        yield _variant("bank_contrast", name, arch, contrast.prepare_kernel, given)
     given = {
         "bank_ptr": pointer(HALF),
         "filled_ptr": pointer(torch.uint8),

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from codir_fast.kernels import tiles
 from codir_fast.kernels.bank_contrast import bank_contrast, bank_contrast_backward
+from codir_fast.kernels.contrast import Problem
 
 from codir_fast import reference
 
@@ -141,6 +142,29 @@ def test_normalize(dtype, size, assert_accurate):
 )
 def test_masks(masks, assert_accurate):
     check(assert_accurate, make_case(3, 70, 9, masks=masks))
+
+
+@pytest.mark.parametrize("nce", [False, True])
+def test_labels_of_many_queries(nce, assert_accurate):
+    check(assert_accurate, make_case(150, 40, 16, masks=("labels", "exclude"), nce=nce))
+
+
+@pytest.mark.parametrize("B", [0, 1, 31, 128, 129, 256, 300])
+@pytest.mark.parametrize("different", [1, 3, 1000])
+def test_labels_as_numbers(B, different):
+    """Equal exactly where the labels are, on both sides of where labels are sorted."""
+    values = torch.cat([torch.tensor([-(1 << 63), (1 << 63) - 1, 0]), torch.randint(-9, 9, (997,))])
+    values[3:] += (1 << 32) * torch.arange(997)
+    labels, bank_labels = (values[torch.randint(0, different, (n,))] for n in (B, 517))
+    query, bank = torch.randn(B, 8), torch.randn(517, 8)
+    masks = (None, labels, bank_labels, None, None)
+    problem = Problem(query, bank, torch.tensor(1.0), *masks, None, 1, 1, normalize=False)
+    _, (_, numbers, bank_numbers, _, _) = problem.prepare()
+    assert numbers.dtype == bank_numbers.dtype == torch.int32
+    same = labels[:, None] == bank_labels
+    assert torch.equal(numbers[:, None] == bank_numbers, same)
+    assert torch.equal(bank_numbers == -1, ~same.any(0))
+    assert ((numbers >= 0) & (numbers < B)).all()
 
 
 @pytest.mark.parametrize("D", [16, 600], ids=str)

@@ -1,0 +1,97 @@
+"""contrastive_loss on Triton's backend: what it hands to the kernels where keys serve as negatives
+too, and what comes out, against float64.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from codir_fast.kernels import bank_contrast as kernels
+
+from codir_fast.functional import contrastive_loss
+from codir_fast.reference import NCE_EPS
+
+B, K, D, TEMPERATURE = 21, 37, 24, 0.2
+NCE = {"objective": "nce", "log_partition": 3.0, "num_data": 50}
+
+
+@pytest.fixture
+def dtypes(monkeypatch):
+    """Of queries and bank, of each pass."""
+    seen, pass_over = [], kernels.bank_contrast
+
+    def remember(query, positive, bank, *others):
+        seen.append((query.dtype, bank.dtype))
+        return pass_over(query, positive, bank, *others)
+
+    monkeypatch.setattr(kernels, "bank_contrast", remember)
+    return seen
+
+
+def dense(vectors, upstream, products, *, normalize, symmetric, nce):
+    """Loss and gradients, from unit rows rounded to the dtype of products."""
+    inputs = [x.detach().clone().requires_grad_() for x in vectors]
+    wide = torch.promote_types(products, torch.float32)
+    units = [F.normalize(x.to(wide), dim=1) if normalize else x.to(wide) for x in inputs]
+    query, positive, *explicit = (x.to(products).to(wide) for x in units)
+
+    def one_way(query, positive, negatives):
+        own = (query * positive).sum(1, keepdim=True) / TEMPERATURE
+        logits = query @ negatives.T / TEMPERATURE
+        if not explicit:
+            logits = logits.masked_fill(torch.eye(B, dtype=torch.bool), -torch.inf)
+        if not nce:
+            return torch.logsumexp(torch.cat([own, logits], 1), 1) - own[:, 0]
+        noise = (logits != -torch.inf).sum(1).max() / NCE["num_data"]
+        offset = NCE["log_partition"] + torch.log(noise + NCE_EPS)
+        extra = torch.where(logits == -torch.inf, 0.0, math.log1p(NCE_EPS / noise))
+        return F.softplus(offset - own[:, 0]) + (F.softplus(logits - offset) + extra).sum(1)
+
+    loss = one_way(query, positive, *(explicit or [positive]))
+    if symmetric:
+        loss = (loss + one_way(positive, query, *(explicit or [query]))) / 2
+    return [loss.detach(), *torch.autograd.grad(loss, inputs, upstream.to(loss.dtype))]
+
+
+@pytest.mark.parametrize("nce", [False, True], ids=["infonce", "nce"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("negatives", ["in-batch", "explicit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_negatives_with_a_gradient(
+    dtypes, dtype, negatives, normalize, symmetric, nce, assert_accurate
+):
+    """Products run in the dtype of the inputs, like those of a bank."""
+    sizes = (B, B) if negatives == "in-batch" else (B, B, K)
+    vectors = [torch.randn(n, D) for n in sizes]
+    if not normalize:
+        vectors = [F.normalize(x, dim=1) * 1.5 for x in vectors]
+    vectors = [x.to(dtype).requires_grad_() for x in vectors]
+    upstream = torch.randn(B)
+    options = NCE if nce else {}
+    loss = contrastive_loss(
+        *vectors,
+        temperature=TEMPERATURE,
+        normalize=normalize,
+        symmetric=symmetric,
+        reduction="none",
+        backend="triton",
+        **options,
+    )
+    found = [loss.detach(), *torch.autograd.grad(loss, vectors, upstream)]
+    assert dtypes == [(dtype, dtype)] * (1 + symmetric)
+    how = {"normalize": normalize, "symmetric": symmetric, "nce": nce}
+    eager = dense(vectors, upstream, dtype, **how)
+    exact = dense([x.double() for x in vectors], upstream, torch.float64, **how)
+    assert all(gradient.dtype == dtype for gradient in found[1:])
+    assert_accurate(found, eager, exact, condition=1.5 * 1.5 / TEMPERATURE)
+
+
+def test_under_autocast_the_query_decides(dtypes):
+    query, key = (torch.randn(B, D, requires_grad=True) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = contrastive_loss(query.bfloat16(), key, temperature=TEMPERATURE, backend="triton")
+    loss.backward()
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)]
+    assert query.grad.isfinite().all() and key.grad.isfinite().all()
