@@ -41,6 +41,7 @@ from codir_fast.loss_arguments import (
     check_float8,
     check_pair,
     inverse_temperature,
+    product_dtype,
 )
 from codir_fast.negatives import Negatives, choose_negatives
 from codir_fast.ops.contrast import PreparedPair
@@ -182,7 +183,8 @@ def partial_sums(
         ranks, num_rows = negative_keys.shard.ranks, len(negative_keys.rows)
         here = GlobalBatch(ranks, (len(query),), 0, num_rows)
     picks = (labels, negative_labels, negative_index, exclude_index)
-    chosen = choose_negatives(query, positive_key, negative_keys, normalize, backend, *picks, here)
+    dtype = product_dtype(query, backend)
+    chosen = choose_negatives(query, positive_key, negative_keys, normalize, dtype, *picks, here)
     check_float8(chosen, temperature)
     log_z = None if log_partition is None else as_scalar(log_partition, query)
     inv_temperature = inverse_temperature(temperature, query)

@@ -3,7 +3,9 @@ bank_contrast or indexed_contrast, on each rank where negatives are sharded.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +21,11 @@ from codir_fast.loss_arguments import (
     check_pair,
     inverse_temperature,
     prepare,
+    product_dtype,
 )
-from codir_fast.negatives import ChosenNegatives, Negatives, choose_ways
+from codir_fast.negatives import ChosenNegatives, Negatives, as_rows, choose_negatives
 from codir_fast.ops.bank_contrast import bank_contrast
+from codir_fast.ops.contrast import compute_dtype
 from codir_fast.ops.indexed_contrast import indexed_contrast
 from codir_fast.sharded_contrast import (
     Direction,
@@ -147,14 +151,19 @@ def contrastive_loss(
         settings = (*options, *alike(temperature, normalize, symmetric, num_data, *given))
         vectors = (query, positive_key, negative_keys)
         batch = agree_on_batch("contrastive_loss", process_group, vectors, settings)
-    # The operator brings query and positive to unit length, unless NCE's sums are split over ranks.
     is_split_nce = batch is not None and objective == "nce"
-    by_operator = normalize and not is_split_nce
-    q, p = prepare(query, positive_key, normalize) if is_split_nce else (query, positive_key)
+    wide = compute_dtype(query.dtype)
+    dtype = wide if is_split_nce else product_dtype(query, backend)
+    # The operator widens query and positive and brings them to unit length, unless NCE's sums are
+    # split over ranks, or they are needed so several times.
+    several_times = negative_keys is None or symmetric
+    raw = dtype != wide or (normalize and not (several_times or is_split_nce))
+    q, p = (query, positive_key) if raw else prepare(query, positive_key, normalize)
+    by_operator = normalize and raw
+    serve = partial(as_rows, normalize=by_operator, dtype=dtype)  # as negatives in-batch
     inv_temperature = inverse_temperature(temperature, query)
-    how = (symmetric, negative_keys, normalize, backend, *given, batch)
-    chosen = choose_ways(query, positive_key, *how)
-    negatives = chosen[0]
+    key = serve(p) if negative_keys is None else p
+    negatives = choose_negatives(query, key, negative_keys, normalize, dtype, *given, batch)
     check_float8(negatives, temperature)
     log_z, counts = None, (1, 1)
     if objective == "nce":
@@ -163,13 +172,13 @@ def contrastive_loss(
             counts = (1, 1)
         if log_partition is None:
             pair = prepare(query, positive_key, normalize)
-            log_z = _log_partition(
-                _directions(*pair, chosen), inv_temperature, num_data, backend, batch
-            )
+            ways = _directions(*pair, negatives, serve if symmetric else None)
+            log_z = _log_partition(ways, inv_temperature, num_data, backend, batch)
         else:
             log_z = as_scalar(log_partition, query)
     meant = Objective(inv_temperature, log_z, *counts, by_operator, backend)
-    losses = _losses(_directions(q, p, chosen), meant, batch)
+    ways = _directions(q, p, negatives, serve if symmetric else None)
+    losses = _losses(ways, meant, batch)
     loss = (losses[0] + losses[1]) / 2 if symmetric else losses[0]
     return _reduce(loss, weight, reduction, batch)
 
@@ -211,9 +220,10 @@ def estimate_log_partition(
         vectors = (query, positive_key, negative_keys)
         batch = agree_on_batch("estimate_log_partition", process_group, vectors, settings)
     q, p = prepare(query, positive_key, normalize)
-    how = (symmetric, negative_keys, normalize, backend, *given, batch)
-    ways = _directions(q, p, choose_ways(query, positive_key, *how))
+    serve = partial(as_rows, normalize=False, dtype=q.dtype)
+    negatives = choose_negatives(query, p, negative_keys, normalize, q.dtype, *given, batch)
     inv_temperature = inverse_temperature(temperature, query)
+    ways = _directions(q, p, negatives, serve if symmetric else None)
     return _log_partition(ways, inv_temperature, num_data, backend, batch)
 
 
@@ -276,10 +286,20 @@ def _loss(
     return indexed_contrast(*vectors, negatives.index, **picks)
 
 
-def _directions(query: Tensor, positive: Tensor, chosen: list[ChosenNegatives]) -> list[Direction]:
-    """Who looks for whom among what; the other way round too, if there are negatives for it."""
-    pairs = ((query, positive), (positive, query))
-    return [(*pair, negatives) for pair, negatives in zip(pairs, chosen, strict=False)]
+def _directions(
+    query: Tensor,
+    positive: Tensor,
+    negatives: ChosenNegatives,
+    serve: Callable[[Tensor], Tensor] | None,
+) -> list[Direction]:
+    """Who looks for whom among what; the other way round too if the queries `serve` as negatives in
+    their turn.
+    """
+    directions = [(query, positive, negatives)]
+    if serve is not None:
+        exchanged = replace(negatives, rows=serve(query)) if negatives.in_batch else negatives
+        directions.append((positive, query, exchanged))
+    return directions
 
 
 def _reduce(

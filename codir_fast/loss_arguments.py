@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from codir_fast.backend import resolve
 from codir_fast.bank_rows import FLOAT8
 from codir_fast.checks import (
     check_choice,
@@ -15,9 +16,8 @@ from codir_fast.checks import (
     check_number,
     check_tensor,
 )
-from codir_fast.negatives import ChosenNegatives, check_input_dtype
+from codir_fast.negatives import ChosenNegatives, as_rows, check_input_dtype
 from codir_fast.ops.contrast import compute_dtype
-from codir_fast.ops.unit_rows import unit_rows
 
 OBJECTIVES = ("infonce", "nce")
 REDUCTIONS = ("none", "mean", "sum")
@@ -58,11 +58,17 @@ def _check_log_partition(log_partition: float) -> None:
 
 def prepare(query: Tensor, positive_key: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Both in the dtype that the operators compute in, of unit rows if `normalize`."""
-    compute = compute_dtype(query.dtype)
-    q, p = query.to(compute), positive_key.to(compute)
-    if normalize:
-        q, p = unit_rows(q), unit_rows(p)
-    return q.contiguous(), p.contiguous()
+    dtype = compute_dtype(query.dtype)
+    return as_rows(query, normalize, dtype), as_rows(positive_key, normalize, dtype)
+
+
+def product_dtype(query: Tensor, backend: str) -> torch.dtype:
+    """What products run in: GPU kernels take the query's dtype, all others widen it."""
+    wide = compute_dtype(query.dtype)
+    if query.dtype == wide:
+        return wide
+    on_gpu = resolve("bank_contrast", backend, query, query.dtype) in ("triton", "cuda")
+    return query.dtype if on_gpu else wide
 
 
 def check_pair(query: Tensor, positive_key: Tensor) -> None:

@@ -1,12 +1,11 @@
 """Where the negatives of the contrastive loss come from, and which count for which query."""
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from codir_fast.backend import resolve
 from codir_fast.checks import (
     INTEGERS,
     check_device,
@@ -68,18 +67,21 @@ class ChosenNegatives:
 
 def choose_negatives(
     query: Tensor,
-    positive_key: Tensor,
+    positive: Tensor,
     negative_keys: Negatives,
     normalize: bool,
-    backend: str,
+    dtype: torch.dtype,
     labels: Tensor | None,
     negative_labels: Tensor | None,
     negative_index: Tensor | None,
     exclude_index: Tensor | None,
     batch: GlobalBatch | None = None,
 ) -> ChosenNegatives:
-    """Checks all that picks the negatives. `batch`: of all ranks, where negatives are sharded."""
-    chosen = _choose_rows(query, positive_key, negative_keys, normalize, backend)
+    """Checks all that picks the negatives; `positive` are the keys, as rows where they serve as
+    negatives. `dtype`: of rows that carry a gradient, if `normalize`. `batch`: of all ranks, where
+    negatives are sharded.
+    """
+    chosen = _choose_rows(query, positive, negative_keys, normalize, dtype)
     if batch is None and isinstance(negative_keys, (MemoryQueue, IndexedBank)):
         _check_whole(negative_keys)
     if batch is not None and not chosen.own:
@@ -95,24 +97,15 @@ def choose_negatives(
     return chosen
 
 
-def choose_ways(
-    query: Tensor, positive_key: Tensor, symmetric: bool, negative_keys: Negatives, *how: Any
-) -> list[ChosenNegatives]:
-    """The negatives of the queries, and if `symmetric` those of the positive keys as queries:
-    in-batch the queries, else the same. `how`: as choose_negatives takes it.
-    """
-    ways = [choose_negatives(query, positive_key, negative_keys, *how)]
-    if symmetric and negative_keys is None:
-        ways.append(choose_negatives(positive_key, query, negative_keys, *how))
-    return ways * 2 if symmetric and len(ways) == 1 else ways
-
-
 def _choose_rows(
-    query: Tensor, positive_key: Tensor, negative_keys: Negatives, normalize: bool, backend: str
+    query: Tensor,
+    positive: Tensor,
+    negative_keys: Negatives,
+    normalize: bool,
+    dtype: torch.dtype,
 ) -> ChosenNegatives:
     if negative_keys is None:
-        rows = _with_gradient(positive_key, query, normalize, backend)
-        return ChosenNegatives(rows, source=None, total=len(rows))
+        return ChosenNegatives(positive, source=None, total=len(positive))
     if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
         _check_bank(query, negative_keys)
         valid = None if negative_keys.is_full else negative_keys.valid
@@ -123,7 +116,7 @@ def _choose_rows(
             rows, source=negative_keys, total=len(rows), scale=scale, valid=valid
         )
     _check_explicit(query, negative_keys)
-    rows, scale = _explicit(negative_keys.flatten(0, -2), query, normalize, backend)
+    rows, scale = _explicit(negative_keys.flatten(0, -2), normalize, dtype)
     chosen = ChosenNegatives(rows, source=negative_keys, total=len(rows), scale=scale)
     if chosen.own:
         B, M, _ = negative_keys.shape
@@ -131,29 +124,21 @@ def _choose_rows(
     return chosen
 
 
-def _with_gradient(rows: Tensor, query: Tensor, normalize: bool, backend: str) -> Tensor:
-    """Rows in the dtype that products run in, unit rows if `normalize`, whose gradient goes on to
-    what was given. GPU kernels multiply in the dtype of the query, all others in a wider one.
-    """
-    wide = dtype = compute_dtype(query.dtype)
-    if query.dtype != wide:
-        on_gpu = resolve("bank_contrast", backend, query, query.dtype) in ("triton", "cuda")
-        dtype = query.dtype if on_gpu else wide
+def as_rows(vectors: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
+    """Vectors (N, D) as negatives, unit rows if `normalize`; the gradient goes on to them."""
     if normalize:
-        rows = unit_rows(rows.to(wide))
-    return rows.to(dtype).contiguous()
+        vectors = unit_rows(vectors.to(compute_dtype(vectors.dtype)))
+    return vectors.to(dtype).contiguous()
 
 
-def _explicit(
-    rows: Tensor, query: Tensor, normalize: bool, backend: str
-) -> tuple[Tensor, Tensor | None]:
+def _explicit(rows: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Rows, and their factors if any."""
     if not normalize:
         return rows.contiguous(), None
     if rows.requires_grad and torch.is_grad_enabled():
-        return _with_gradient(rows, query, normalize, backend), None
+        return as_rows(rows, normalize, dtype), None
     # Without gradient the kernel scales the rows as it reads them, and no normalised copy is made.
-    return rows.contiguous(), _inverse_norm(rows.detach(), compute_dtype(query.dtype))
+    return rows.contiguous(), _inverse_norm(rows.detach(), compute_dtype(dtype))
 
 
 def _check_index(query: Tensor, index: Tensor, K: int) -> Tensor:
