@@ -123,7 +123,7 @@ test-gpu: gpu $(GPU_BUILD)/.installed
 	$(if $(REST),,$(call gpu_part,120,test_sanitizer.py); \
 	$(call gpu_part,180,test_named_shapes.py); \
 	$(call gpu_part,120,test_cuda.py);) \
-	$(if $(QUICK),,$(call gpu_part,120,test_launches.py test_pool_and_update.py); \
+	$(if $(QUICK),,$(call gpu_part,120,test_loss.py test_launches.py test_pool_and_update.py); \
 	$(call gpu_part,300,test_contrast.py); \
 	if $(SANITIZER) $(MEMCHECK) $(THEIR_PYTHON) -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; then \
 	  $(call gpu_sanitize,$(MEMCHECK)); \

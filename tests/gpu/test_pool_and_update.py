@@ -59,25 +59,3 @@ def test_bank_update(device, dtype, D, with_filled, momentum):
     bank_update(*on_device[:3], momentum, on_device[3], backend="triton")
     torch.testing.assert_close(on_device[0].cpu(), bank, rtol=0, atol=EPSILON[dtype])
     assert filled is None or torch.equal(on_device[3].cpu(), filled)
-
-
-def test_queue_and_loss_by_default(device):
-    """What a user writes: no backend is named, the queue fills up and turns round."""
-    queue = codir_fast.MemoryQueue(1000, 64, with_labels=True).to(device)
-    mirror = codir_fast.MemoryQueue(1000, 64, with_labels=True)
-    loss_fn = codir_fast.ContrastiveLoss()
-    for _ in range(5):
-        query, key = (torch.randn(300, 64) for _ in range(2))
-        labels = torch.randint(0, 4, (300,))
-        on_device = [x.to(device).requires_grad_(x.is_floating_point()) for x in (query, key)]
-        loss = loss_fn(*on_device, queue, labels=labels.to(device))
-        loss.backward()
-        query.requires_grad_()
-        expected = loss_fn(query, key, mirror, labels=labels)
-        expected.backward()
-        torch.testing.assert_close(loss.cpu(), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(on_device[0].grad.cpu(), query.grad, rtol=1e-3, atol=1e-5)
-        queue.enqueue(key.to(device), labels.to(device))
-        mirror.enqueue(key, labels)
-    torch.testing.assert_close(queue.keys.cpu(), mirror.keys)
-    assert queue.is_full and torch.equal(queue.labels.cpu(), mirror.labels)

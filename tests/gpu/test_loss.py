@@ -1,0 +1,73 @@
+"""contrastive_loss as users call it, on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import EPSILON
+
+import codir_fast
+from codir_fast.functional import contrastive_loss
+
+B, D, TEMPERATURE = 150, 64, 0.1
+
+
+def results(loss_of, vectors, upstream, dtype):
+    vectors = [x.detach().to(dtype).requires_grad_() for x in vectors]
+    loss = loss_of(*vectors)
+    return [loss.detach(), *torch.autograd.grad(loss, vectors, upstream.to(loss.dtype))]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "cuda", "torch"])
+def test_in_batch(device, needs_cuda_backend, backend, dtype, normalize, symmetric):
+    """Beside cross-entropy over all pairs, in float64 and as PyTorch has it in the same dtype."""
+    if backend == "cuda":
+        needs_cuda_backend("bank_contrast")
+        if dtype == torch.float32:
+            pytest.skip("it takes half precision")
+
+    def plain(query, key):
+        if normalize:
+            query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        logits, own = query @ key.T / TEMPERATURE, torch.arange(B, device=device)
+        loss = F.cross_entropy(logits, own, reduction="none")
+        other = F.cross_entropy(logits.T, own, reduction="none")
+        return (loss + other) / 2 if symmetric else loss
+
+    def ours(query, key):
+        how = {"normalize": normalize, "symmetric": symmetric, "backend": backend}
+        return contrastive_loss(query, key, temperature=TEMPERATURE, reduction="none", **how)
+
+    vectors = [F.normalize(torch.randn(B, D, device=device), dim=1).to(dtype) for _ in range(2)]
+    upstream = torch.randn(B, device=device)
+    got, eager = (results(loss_of, vectors, upstream, dtype) for loss_of in (ours, plain))
+    exact = results(plain, vectors, upstream, torch.float64)
+    for name, a, b, c in zip(("loss", "query", "key"), got, eager, exact, strict=True):
+        error, eager_error = (float((x.double() - c).abs().max()) for x in (a, b))
+        scale = float(c.abs().max())
+        allowed = 2 * eager_error + 4 * EPSILON[dtype] * scale
+        assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}, of {scale:.3g}"
+
+
+def test_queue_and_loss_by_default(device):
+    """What a user writes: no backend is named, the queue fills up and turns round."""
+    queue = codir_fast.MemoryQueue(1000, 64, with_labels=True).to(device)
+    mirror = codir_fast.MemoryQueue(1000, 64, with_labels=True)
+    loss_fn = codir_fast.ContrastiveLoss()
+    for _ in range(5):
+        query, key = (torch.randn(300, 64) for _ in range(2))
+        labels = torch.randint(0, 4, (300,))
+        on_device = [x.to(device).requires_grad_(x.is_floating_point()) for x in (query, key)]
+        loss = loss_fn(*on_device, queue, labels=labels.to(device))
+        loss.backward()
+        query.requires_grad_()
+        expected = loss_fn(query, key, mirror, labels=labels)
+        expected.backward()
+        torch.testing.assert_close(loss.cpu(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(on_device[0].grad.cpu(), query.grad, rtol=1e-3, atol=1e-5)
+        queue.enqueue(key.to(device), labels.to(device))
+        mirror.enqueue(key, labels)
+    torch.testing.assert_close(queue.keys.cpu(), mirror.keys)
+    assert queue.is_full and torch.equal(queue.labels.cpu(), mirror.labels)
