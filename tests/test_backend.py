@@ -126,7 +126,8 @@ def test_cuda_on_a_gpu(gpu, monkeypatch):
 
 
 def test_cuda_takes_no_scaled_rows(gpu, monkeypatch):
-    monkeypatch.setattr("codir_fast.ops.bank_contrast.resolve", lambda *_: "cuda")
+    for module in ("loss_arguments", "ops.bank_contrast"):
+        monkeypatch.setattr(f"codir_fast.{module}.resolve", lambda *_: "cuda")
     query = torch.randn(3, 8, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="keep them in a bank, or normalise them and `query`"):
         codir_fast.ContrastiveLoss(backend="cuda")(query, query, query)
