@@ -153,6 +153,7 @@ def plot_differences(lines: list[Line], reference: str, path: Path) -> None:
                 factor * middle, row, xerr=factor * half, fmt="o", color=colour, capsize=3
             )
         axis.axvline(0, color="grey", linewidth=1)
+        axis.locator_params(axis="x", nbins=5)  # more would run into each other
         axis.set_yticks(range(len(arms)), arms)
         axis.set_ylim(len(arms) - 0.5, -0.5)
         axis.set_title(f"{title}, {'more' if more else 'less'} is better", fontsize=8)
