@@ -1,9 +1,10 @@
 """Labels as numbers of 32 bits, equal exactly where the labels are: in a pass over the bank they
 take half the registers of 64-bit labels, and half the traffic.
 
-The number of a label is a query that has it; -1 where none has. Few queries are all compared with
-each label; the labels of many are sorted, and each label is looked up by bisection: comparing all
-pairs would take as long as a pass (4 instructions a pair, of 2 D multiply-adds).
+The number of a label says which query, or which place among the queries' sorted labels, has it; -1
+where none has. Few queries are all compared with each label; the labels of many are sorted, and
+each label is looked up by bisection: some 4 instructions a pair would add up to a good part of a
+pass.
 """
 
 import torch
