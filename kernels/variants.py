@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from codir_fast.kernels import (
     bank_contrast,
+    bank_contrast_backward,
+    bank_contrast_wide,
     bank_update,
     contrast,
     indexed_contrast,
@@ -206,7 +208,7 @@ def two_products(
         "bank": descriptor(stored, *block) if tma else pointer(stored),
         **first,
     }
-    kernel = bank_contrast.bank_contrast_weights_kernel
+    kernel = bank_contrast_wide.bank_contrast_weights_kernel
     yield _variant("bank_contrast", _name("weights", *dtypes, use), arch, kernel, given)
     if bank_dtype is None and use not in ("all rows", "bank not full", "NCE"):
         return  # the second product differs by no more
@@ -215,7 +217,7 @@ def two_products(
     for FIRST in (True, False):
         given = {**common, "bank": bank, "TMA": tma, "FIRST": FIRST, "BLOCK_K": first["BLOCK_K"]}
         name = _name("rows", *dtypes, use, "first chunk" if FIRST else "later chunk")
-        kernel = bank_contrast.bank_contrast_rows_kernel
+        kernel = bank_contrast_wide.bank_contrast_rows_kernel
         yield _variant("bank_contrast", name, arch, kernel, given | second)
 
 
@@ -233,7 +235,7 @@ def backward(arch: int, dtype: torch.dtype, D: int, use: str) -> Variant:
         "PRECISION": contrast.precision(dtype),
         **tiles.bank_contrast_backward(arch, dtype, D),
     }
-    kernel = bank_contrast.bank_contrast_backward_kernel
+    kernel = bank_contrast_backward.bank_contrast_backward_kernel
     name = _name(dtype, f"D={D}", use)
     return _variant("bank_contrast_backward", name, arch, kernel, given)
 

@@ -90,11 +90,11 @@ def test_a_float32_bank_beside_queries_of_half_precision(B):
 
 
 def test_the_copy_engine_takes_row_numbers_of_32_bits():
-    from codir_fast.kernels.bank_contrast import _fits_copy_engine
+    from codir_fast.kernels.bank_access import fits_copy_engine
 
     row = torch.empty(1, 8, dtype=HALF)
-    assert _fits_copy_engine(row.expand((1 << 31) - 1, 8))
-    assert not _fits_copy_engine(row.expand(1 << 31, 8))
+    assert fits_copy_engine(row.expand((1 << 31) - 1, 8))
+    assert not fits_copy_engine(row.expand(1 << 31, 8))
 
 
 def test_nan_stays_nan_under_masks():
@@ -163,11 +163,26 @@ def test_masked_pool(arch):
 def launched():
     """Kernels as launched on sm_90, on CPU tensors, by name; nothing is computed."""
     import triton_driver
-    from codir_fast.kernels import bank_contrast, bank_update, contrast, indexed_contrast
-    from codir_fast.kernels import masked_pool as pool
+    from codir_fast.kernels import (
+        bank_contrast,
+        bank_contrast_backward,
+        bank_contrast_wide,
+        bank_update,
+        contrast,
+        indexed_contrast,
+        masked_pool,
+    )
     from triton.runtime import JITFunction
 
-    modules = (bank_contrast, bank_update, contrast, indexed_contrast, pool)
+    modules = (
+        bank_contrast,
+        bank_contrast_backward,
+        bank_contrast_wide,
+        bank_update,
+        contrast,
+        indexed_contrast,
+        masked_pool,
+    )
     functions = [f for module in modules for f in vars(module).values()]
     with triton_driver.sm_90([f for f in functions if isinstance(f, JITFunction)]) as names:
         yield names
@@ -197,7 +212,7 @@ def inputs(B, K, D, dtype, masks, nce):
 )
 def test_launches(launched, B, K, D, dtype, masks):
     """One pass is three launches, the mean makes it four; gradients are made by then."""
-    from codir_fast.kernels import bank_contrast, indexed_contrast
+    from codir_fast.kernels import bank_contrast, bank_contrast_backward, indexed_contrast
 
     query, bank, options = inputs(B, K, D, dtype, masks, nce=masks)
     outputs = bank_contrast.bank_contrast(query, query, bank, **options)
@@ -206,7 +221,7 @@ def test_launches(launched, B, K, D, dtype, masks):
     assert launched == ["prepare_kernel", *passes, "combine_kernel"]
     launched.clear()
     grad, lse = torch.ones(B), outputs[1]
-    bank_contrast.bank_contrast_backward(grad, query, bank, lse=lse, **options)
+    bank_contrast_backward.bank_contrast_backward(grad, query, bank, lse=lse, **options)
     assert launched == ["prepare_kernel", "bank_contrast_backward_kernel"]
     launched.clear()
     index = torch.randint(0, K, (B, 9))

@@ -172,7 +172,7 @@ def _triton(*inputs: Any) -> Outputs:
 
 
 def _triton_backward(*inputs: Any) -> Tensor:
-    from codir_fast.kernels import bank_contrast as kernel
+    from codir_fast.kernels import bank_contrast_backward as kernel
 
     return kernel.bank_contrast_backward(*inputs)
 
