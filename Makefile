@@ -28,7 +28,7 @@ help:
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     the kernels beside their peers, to benchmarks/results/OUT (OUT=mine)"
 	@echo "make static-gpu  every GPU kernel compiled, without a GPU: cubins and figures to OUT (OUT=build/static-gpu)"
-	@echo "make test-gpu  the GPU tests, with PYTHON's own torch, nothing fetched; PYTHON=python3, QUICK=1: what tells most, REST=1: the rest"
+	@echo "make test-gpu  the GPU tests, with PYTHON's own torch, nothing fetched; PYTHON=python3, QUICK=1: what tells most, REST=1: the rest, SANITIZE=1: compute-sanitizer"
 	@echo "make bench-gpu  the kernels beside their peers on the GPU, likewise, to benchmarks/results/OUT (OUT=gpu, or a"
 	@echo "                path from /); SHAPE=clip: that one, QUICK=1: fewer peers"
 	@echo "make lint      style, formatting and types; make format mends the first two"
@@ -114,18 +114,18 @@ gpu_sanitize = CODIR_FAST_GPU_TEST_SECONDS=120 PYTORCH_NO_CUDA_MEMORY_CACHING=1 
   $(call GPU_PYTEST,150,$(SANITIZER) $(1),test_sanitizer.py $(2))
 
 # Kernels compile on first use: several processes share the GPU where pytest-xdist is there, and a
-# new one comes for each that a kernel ended, as often. What tells most comes first: QUICK=1
-# is that alone, REST=1 all but that.
+# new one comes for each that a kernel ended, as often. What tells most comes first: QUICK=1 is that
+# alone, REST=1 the other tests and SANITIZE=1 compute-sanitizer's checks; they add to QUICK's log.
 test-gpu: gpu $(GPU_BUILD)/.installed
-	@mkdir -p $(GPU_OUT) && cd tests/gpu && rm -f $(GPU_OUT)/tests.jsonl; failed=; \
+	@mkdir -p $(GPU_OUT) && cd tests/gpu$(if $(REST)$(SANITIZE),, && rm -f $(GPU_OUT)/tests.jsonl); failed=; \
 	workers=$$($(THEIR_PYTHON) -c 'import xdist' 2>/dev/null && \
 	  printf %s "-n $(WORKERS) --max-worker-restart $(WORKERS)"); set -x; \
-	$(if $(REST),,$(call gpu_part,120,test_sanitizer.py); \
+	$(if $(REST)$(SANITIZE),,$(call gpu_part,120,test_sanitizer.py); \
 	$(call gpu_part,180,test_named_shapes.py); \
 	$(call gpu_part,120,test_cuda.py);) \
-	$(if $(QUICK),,$(call gpu_part,120,test_loss.py test_launches.py test_pool_and_update.py); \
-	$(call gpu_part,300,test_contrast.py); \
-	if $(SANITIZER) $(MEMCHECK) $(THEIR_PYTHON) -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; then \
+	$(if $(QUICK)$(SANITIZE),,$(call gpu_part,120,test_loss.py test_launches.py test_pool_and_update.py); \
+	$(call gpu_part,300,test_contrast.py);) \
+	$(if $(QUICK)$(REST),,if $(SANITIZER) $(MEMCHECK) $(THEIR_PYTHON) -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; then \
 	  $(call gpu_sanitize,$(MEMCHECK)); \
 	  $(call gpu_sanitize,racecheck); \
 	  $(call gpu_sanitize,synccheck,-k cuda); \

@@ -144,7 +144,7 @@ def _availability(backend: str) -> tuple[bool, str]:
 
 
 def _cuda_availability() -> tuple[bool, str]:
-    if not _C.build_info()["cuda"]:
+    if not _built_with_cuda():
         return False, "this build of codir_fast has no CUDA part: nvcc was not found"
     reason = _why_no_gpu()
     if reason:
@@ -153,6 +153,11 @@ def _cuda_availability() -> tuple[bool, str]:
     on_hopper = (major, minor) == (9, 0)
     contrast = "" if on_hopper else "; bank_contrast needs sm_90"
     return True, f"hand-written CUDA on {name}, sm_{major}{minor}{contrast}; not timed on a GPU yet"
+
+
+@functools.cache
+def _built_with_cuda() -> bool:
+    return _C.build_info()["cuda"]  # which asks the driver for all that it knows of each GPU
 
 
 def _why_no_gpu() -> str:

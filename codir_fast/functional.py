@@ -1,37 +1,29 @@
-"""The contrastive loss as a function: checks, normalisation, choice of negatives, and one pass of
-bank_contrast or indexed_contrast, on each rank where negatives are sharded.
+"""The contrastive loss as a function, and the estimate of NCE's constant: arguments are checked, in
+a process group agreed on, and the losses of the directions reduced.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from codir_fast.checks import check_device, check_tensor
+from codir_fast.directions import arrange, losses_of
 from codir_fast.global_batch import agree_on_batch, alike
 from codir_fast.loss_arguments import (
     as_scalar,
-    check_float8,
     check_nce,
     check_options,
     check_pair,
-    inverse_temperature,
     prepare,
-    product_dtype,
 )
-from codir_fast.negatives import ChosenNegatives, Negatives, as_rows, choose_negatives
-from codir_fast.ops.bank_contrast import bank_contrast
-from codir_fast.ops.contrast import compute_dtype
-from codir_fast.ops.indexed_contrast import indexed_contrast
+from codir_fast.negatives import Negatives
 from codir_fast.sharded_contrast import (
     Direction,
     Objective,
     gather_numbers,
-    sharded_losses,
 )
 from codir_fast.sharding import GlobalBatch
 
@@ -144,42 +136,25 @@ def contrastive_loss(
     check_nce(objective, log_partition, num_data)
     check_pair(query, positive_key)
     given = (labels, negative_labels, negative_index, exclude_index)
-    batch = None
+    vectors, batch = (query, positive_key, negative_keys), None
     if process_group is not None:
         known = None if log_partition is None else "given"
         options = (("objective", objective), ("reduction", reduction), ("log_partition", known))
         settings = (*options, *alike(temperature, normalize, symmetric, num_data, *given))
-        vectors = (query, positive_key, negative_keys)
         batch = agree_on_batch("contrastive_loss", process_group, vectors, settings)
-    is_split_nce = batch is not None and objective == "nce"
-    wide = compute_dtype(query.dtype)
-    dtype = wide if is_split_nce else product_dtype(query, backend)
-    # The operator widens query and positive and brings them to unit length, unless NCE's sums are
-    # split over ranks, or they are needed so several times.
-    several_times = negative_keys is None or symmetric
-    raw = dtype != wide or (normalize and not (several_times or is_split_nce))
-    q, p = (query, positive_key) if raw else prepare(query, positive_key, normalize)
-    by_operator = normalize and raw
-    serve = partial(as_rows, normalize=by_operator, dtype=dtype)  # as negatives in-batch
-    inv_temperature = inverse_temperature(temperature, query)
-    key = serve(p) if negative_keys is None else p
-    negatives = choose_negatives(query, key, negative_keys, normalize, dtype, *given, batch)
-    check_float8(negatives, temperature)
-    log_z, counts = None, (1, 1)
-    if objective == "nce":
-        counts = (negatives.num_offered, num_data or negatives.num_rows)
-        if 0 in counts:
-            counts = (1, 1)
+    is_nce = objective == "nce"
+    ways, meant = arrange(vectors, temperature, normalize, symmetric, backend, given, batch, is_nce)
+    if is_nce:
         if log_partition is None:
-            pair = prepare(query, positive_key, normalize)
-            ways = _directions(*pair, negatives, serve if symmetric else None)
-            log_z = _log_partition(ways, inv_temperature, num_data, backend, batch)
+            log_z = _log_partition(ways, meant, num_data, batch)
         else:
             log_z = as_scalar(log_partition, query)
-    meant = Objective(inv_temperature, log_z, *counts, by_operator, backend)
-    ways = _directions(q, p, negatives, serve if symmetric else None)
-    losses = _losses(ways, meant, batch)
-    loss = (losses[0] + losses[1]) / 2 if symmetric else losses[0]
+        negatives = ways[0][2]
+        counts = (negatives.num_offered, num_data or negatives.num_rows)
+        num_noise, num_data = counts if 0 not in counts else (1, 1)
+        meant = replace(meant, log_partition=log_z, num_noise=num_noise, num_data=num_data)
+    per_query = losses_of(ways, meant, batch)
+    loss = (per_query[0] + per_query[1]) / 2 if symmetric else per_query[0]
     return _reduce(loss, weight, reduction, batch)
 
 
@@ -214,38 +189,31 @@ def estimate_log_partition(
     check_nce("nce", None, num_data)
     check_pair(query, positive_key)
     given = (labels, negative_labels, negative_index, exclude_index)
-    batch = None
+    vectors, batch = (query, positive_key, negative_keys), None
     if process_group is not None:
         settings = alike(temperature, normalize, symmetric, num_data, *given)
-        vectors = (query, positive_key, negative_keys)
         batch = agree_on_batch("estimate_log_partition", process_group, vectors, settings)
-    q, p = prepare(query, positive_key, normalize)
-    serve = partial(as_rows, normalize=False, dtype=q.dtype)
-    negatives = choose_negatives(query, p, negative_keys, normalize, q.dtype, *given, batch)
-    inv_temperature = inverse_temperature(temperature, query)
-    ways = _directions(q, p, negatives, serve if symmetric else None)
-    return _log_partition(ways, inv_temperature, num_data, backend, batch)
+    ways, meant = arrange(vectors, temperature, normalize, symmetric, backend, given, batch, True)
+    return _log_partition(ways, meant, num_data, batch)
 
 
 @torch.no_grad()
 def _log_partition(
     directions: list[Direction],
-    inv_temperature: Tensor,
+    objective: Objective,
     num_data: int | None,
-    backend: str,
     batch: GlobalBatch | None,
 ) -> Tensor:
-    objective = Objective(inv_temperature, None, 1, 1, False, backend)
-    losses = _losses(directions, objective, batch)
-    lse = [
-        loss + (query * positive).sum(1) * inv_temperature.to(query.dtype)
-        for loss, (query, positive, _) in zip(losses, directions, strict=True)
-    ]
+    """`objective`: InfoNCE's."""
+    per_query, lse = losses_of(directions, objective, batch), []
+    for loss, (query, positive, _) in zip(per_query, directions, strict=True):
+        q, p = prepare(query, positive, objective.normalize)
+        lse.append(loss + (q * p).sum(1) * objective.inv_temperature.to(q.dtype))
     # Where all logits are 0, e^loss is the number of pairs; in double, it is exact: by whatever
     # backend has that.
     zero = torch.zeros_like(directions[0][0], dtype=torch.float64)
     zeros = [(zero, zero, replace(chosen, scale=None)) for *_, chosen in directions]
-    zero_losses = _losses(zeros, replace(objective, backend="auto"), batch)
+    zero_losses = losses_of(zeros, replace(objective, normalize=False, backend="auto"), batch)
     log_sum = torch.logsumexp(torch.cat(lse), 0)
     pairs = torch.cat(zero_losses).exp().round().sum()
     if batch is not None:
@@ -253,53 +221,7 @@ def _log_partition(
         log_sum, pairs = torch.logsumexp(numbers[:, 0], 0), numbers[:, 1].sum()
     log_mean = log_sum - pairs.log()
     log_n = log_mean.new_full((), num_data or directions[0][2].num_rows or 1).log()
-    return (log_mean + log_n).to(directions[0][0].dtype)
-
-
-def _losses(
-    directions: list[Direction], objective: Objective, batch: GlobalBatch | None
-) -> list[Tensor]:
-    """The loss (B,) of each direction."""
-    if batch is not None and not directions[0][2].own:
-        return sharded_losses(directions, batch, objective)
-    return [_loss(*direction, objective) for direction in directions]
-
-
-def _loss(
-    query: Tensor, positive: Tensor, negatives: ChosenNegatives, objective: Objective
-) -> Tensor:
-    vectors = (query, positive, negatives.rows, objective.inv_temperature)
-    picks: dict[str, Any] = {
-        "bank_scale": negatives.scale,
-        "labels": negatives.labels,
-        "bank_labels": negatives.row_labels,
-        "exclude_index": negatives.exclude_index,
-        "valid": negatives.valid,
-        "log_partition": objective.log_partition,
-        "num_noise": objective.num_noise,
-        "num_data": objective.num_data,
-        "normalize": objective.normalize,
-        "backend": objective.backend,
-    }
-    if negatives.index is None:
-        return bank_contrast(*vectors, **picks)
-    return indexed_contrast(*vectors, negatives.index, **picks)
-
-
-def _directions(
-    query: Tensor,
-    positive: Tensor,
-    negatives: ChosenNegatives,
-    serve: Callable[[Tensor], Tensor] | None,
-) -> list[Direction]:
-    """Who looks for whom among what; the other way round too if the queries `serve` as negatives in
-    their turn.
-    """
-    directions = [(query, positive, negatives)]
-    if serve is not None:
-        exchanged = replace(negatives, rows=serve(query)) if negatives.in_batch else negatives
-        directions.append((positive, query, exchanged))
-    return directions
+    return (log_mean + log_n).to(per_query[0].dtype)
 
 
 def _reduce(

@@ -156,9 +156,9 @@ def _check_index(query: Tensor, index: Tensor, K: int) -> Tensor:
 
 
 def _inverse_norm(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    if rows.dtype == dtype or torch.compiler.is_compiling():
+    if rows.dtype == dtype or rows.is_cuda or torch.compiler.is_compiling():
         norm = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-    else:  # in parts: vector_norm widens all that it is given at once
+    else:  # in parts: on the CPU vector_norm widens all that it is given at once
         parts = rows.split(max(1, _WIDENED // max(rows.shape[1], 1)))
         norm = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in parts])
     return norm.clamp_min_(EPS).reciprocal_()

@@ -142,9 +142,10 @@ def fits_copy_engine(tensor: Tensor) -> bool:
 
 
 def describe(tensor: Tensor, block: tuple[int, int], wanted: bool) -> tuple[Any, bool]:
-    """A tensor as a kernel loads its blocks, and whether that is through the copy engine: if it is
-    wanted, and the tensor fits.
+    """A contiguous matrix as a kernel loads its blocks, and whether through the copy engine: if
+    that is wanted, and the matrix fits.
     """
     if not (wanted and fits_copy_engine(tensor)):
         return tensor, False
-    return TensorDescriptor.from_tensor(tensor, list(block)), True
+    # A single row may have any stride, and the copy engine asks it to be a multiple of 16 bytes.
+    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], list(block)), True

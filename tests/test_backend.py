@@ -32,7 +32,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(backend, "_has_triton", lambda: True)
-    monkeypatch.setattr(_C, "build_info", lambda: {"cuda": True})
+    monkeypatch.setattr(backend, "_built_with_cuda", lambda: True)
 
 
 def test_backends_says_what_runs_here_and_why(monkeypatch):
@@ -120,7 +120,7 @@ def test_cuda_on_a_gpu(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(RuntimeError, match="the GPU is sm_75, the kernels need sm_80 or newer"):
         backend.resolve("masked_pool", "cuda", HALF)
-    monkeypatch.setattr(_C, "build_info", lambda: {"cuda": False})
+    monkeypatch.setattr(backend, "_built_with_cuda", lambda: False)
     with pytest.raises(RuntimeError, match="has no CUDA part: nvcc was not found"):
         backend.resolve("masked_pool", "cuda", HALF)
 

@@ -45,12 +45,39 @@ def test_a_part_that_fails_is_named_and_the_next_runs(make, tmp_path):
     assert lines[1:] == [f"{log} {flags} {part}" for part in parts]
 
 
-def test_the_rest_is_all_other_files(make):
-    _, quick = make("test-gpu", "QUICK=1")
-    _, both = make("test-gpu", "REST=1")
-    named = {word for line in both for word in line.split() if word.startswith("test_")}
+@pytest.fixture
+def sanitizer(tmp_path):
+    """A tool in place of compute-sanitizer's: that the rest of its line runs is enough."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\nwhile [ "${1#*/python}" = "$1" ]; do shift; done\nexec "$@"\n')
+    tool.chmod(0o755)
+    return f"SANITIZER={tool}"
+
+
+def parts(lines):
+    """What each call of pytest was given, after its own flags."""
+    return [line.split(" -q ")[1] for line in lines if "-m pytest" in line]
+
+
+def test_the_rest_is_all_other_files(make, tmp_path):
+    log = tmp_path / "out" / "tests.jsonl"
+    make("test-gpu", "QUICK=1")
+    log.touch()
+    _, lines = make("test-gpu", "REST=1")
+    assert log.exists()
+    named = {word for line in lines for word in line.split() if word.startswith("test_")}
     assert named == {path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py")}
-    assert len(both) > len(quick)
+
+
+def test_quick_rest_and_sanitize_are_all(make, tmp_path, sanitizer):
+    record = tmp_path / "record"
+    each = {}
+    for flag in ("QUICK=1", "REST=1", "SANITIZE=1", "QUICK="):
+        record.unlink(missing_ok=True)
+        each[flag] = parts(make("test-gpu", flag, sanitizer)[1])
+    assert all(each.values())
+    assert each["QUICK=1"] + each["REST=1"] + each["SANITIZE=1"] == each["QUICK="]
+    assert {part.split()[0] for part in each["SANITIZE=1"]} == {"test_sanitizer.py"}
 
 
 @pytest.mark.parametrize("flags", [[], ["QUICK=1"], ["SHAPE=clip"]], ids=str)

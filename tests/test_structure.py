@@ -22,6 +22,7 @@ LEVELS = {
     "sharding": 2,
     "bank_rows": 2,
     "partial_sums": 2,
+    "directions": 3,
     "functional": 3,
     "losses": 3,
     "negatives": 3,

@@ -242,6 +242,17 @@ def test_launches_with_a_float32_bank(launched, D):
     assert launched[-2:] == ["bank_contrast_rows_kernel", "combine_kernel"]
 
 
+@pytest.mark.parametrize("D", [128, 768])
+def test_launches_with_one_row_of_any_stride(launched, D):
+    """It is contiguous whatever its stride is, which the copy engine would refuse."""
+    from codir_fast.kernels import bank_contrast
+
+    query, bank = (torch.randn(D, 1).to(HALF).T for _ in range(2))
+    assert bank.is_contiguous() and bank.stride(0) == 1
+    bank_contrast.bank_contrast(query, query, bank, torch.tensor(14.0))
+    assert launched[-1] == "combine_kernel"
+
+
 def test_launches_of_pooling_and_update(launched):
     from codir_fast.kernels import bank_update, masked_pool
 

@@ -44,7 +44,9 @@ def test_launches(step):
     torch.use_deterministic_algorithms(False)  # filling empty tensors with NaN launches too
     inputs, loss = step
     forward = kernels(loss)
-    assert 0 < len(forward) <= 4, forward
+    # The hand-written kernel has a second pass, over what the fixed shift of its first did not fit.
+    passes = sum("bank_contrast_kernel" in name for name in forward)
+    assert passes in (1, 2) and len(forward) <= 3 + passes, forward
     upstream = torch.ones((), device=loss().device)  # autograd would fill one at each call
     both = kernels(lambda: torch.autograd.grad(loss(), inputs, upstream))
     assert len(both) - len(forward) <= 3, both
@@ -80,7 +82,9 @@ def test_cuda_graph(step):
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_masked_pool_in_a_cuda_graph(device, backend):
+def test_masked_pool_in_a_cuda_graph(device, backend, needs_cuda_backend):
+    if backend == "cuda":
+        needs_cuda_backend("masked_pool")
     torch.use_deterministic_algorithms(False)
     states = [torch.randn(4, 40, 128, device=device, requires_grad=True) for _ in range(6)]
     mask = torch.rand(4, 40, device=device) < 0.6

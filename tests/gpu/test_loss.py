@@ -55,6 +55,20 @@ def test_in_batch(device, needs_cuda_backend, backend, dtype, normalize, symmetr
         assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}, of {scale:.3g}"
 
 
+@pytest.mark.parametrize(("backend", "dtype"), RUNS, ids=str)
+def test_nce_estimates_its_constant(device, needs_cuda_backend, backend, dtype):
+    if backend == "cuda":
+        needs_cuda_backend("bank_contrast")
+    queue = codir_fast.MemoryQueue(500, D, dtype=dtype).to(device)
+    queue.enqueue(torch.randn(500, D, device=device))
+    query, key = (torch.randn(B, D, device=device).to(dtype) for _ in range(2))
+    how = {"temperature": TEMPERATURE, "objective": "nce", "num_data": 1000}
+    found = contrastive_loss(query, key, queue, backend=backend, **how)
+    exact = (x.double() for x in (query, key, queue.keys))
+    expected = contrastive_loss(*exact, backend="torch", **how)
+    torch.testing.assert_close(found.double(), expected, rtol=5 * EPSILON[dtype], atol=0)
+
+
 def test_queue_and_loss_by_default(device):
     """What a user writes: no backend is named, the queue fills up and turns round."""
     queue = codir_fast.MemoryQueue(1000, 64, with_labels=True).to(device)

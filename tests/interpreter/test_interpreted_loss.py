@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from codir_fast.kernels import bank_contrast as kernels
 
-from codir_fast.functional import contrastive_loss
+from codir_fast.functional import contrastive_loss, estimate_log_partition
 from codir_fast.reference import NCE_EPS
 
 B, K, D, TEMPERATURE = 21, 37, 24, 0.2
@@ -86,6 +86,42 @@ def test_negatives_with_a_gradient(
     exact = dense([x.double() for x in vectors], upstream, torch.float64, **how)
     assert all(gradient.dtype == dtype for gradient in found[1:])
     assert_accurate(found, eager, exact, condition=1.5 * 1.5 / TEMPERATURE)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("negatives", ["in-batch", "explicit"])
+def test_log_partition_is_estimated_in_the_dtype_of_the_loss(
+    dtypes, negatives, normalize, symmetric
+):
+    scale = 1.0 if normalize else 1.5
+    query, key, rows = (F.normalize(torch.randn(n, D), dim=1).half() * scale for n in (B, B, K))
+    explicit = () if negatives == "in-batch" else (rows,)
+    found = estimate_log_partition(
+        query,
+        key,
+        *explicit,
+        temperature=TEMPERATURE,
+        normalize=normalize,
+        symmetric=symmetric,
+        num_data=50,
+        backend="triton",
+    )
+    assert dtypes == [(torch.float16, torch.float16)] * (1 + symmetric)
+    assert found.dtype == torch.float32
+
+    def exponentials(query, key, negatives):
+        own = (query * key).sum(1) / TEMPERATURE
+        logits = query @ negatives.T / TEMPERATURE
+        allowed = torch.ones_like(logits).bool() if explicit else ~torch.eye(B, dtype=torch.bool)
+        return torch.cat([own, logits[allowed]]).exp()
+
+    query, key, rows = (x.double() for x in (query, key, rows))
+    each = [exponentials(query, key, rows if explicit else key)]
+    if symmetric:
+        each.append(exponentials(key, query, rows if explicit else query))
+    expected = (50 * torch.cat(each).mean()).log()
+    assert abs(found - expected) < 4e-3  # two roundings of rows to half precision, s up to 11
 
 
 def test_under_autocast_the_query_decides(dtypes):

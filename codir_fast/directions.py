@@ -1,0 +1,102 @@
+"""A contrastive loss as directions, of queries that look for their positives among negatives, and
+the pass over the negatives that each of them takes.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from codir_fast.loss_arguments import (
+    check_float8,
+    inverse_temperature,
+    prepare,
+    product_dtype,
+)
+from codir_fast.negatives import ChosenNegatives, Negatives, as_rows, choose_negatives
+from codir_fast.ops.bank_contrast import bank_contrast
+from codir_fast.ops.contrast import compute_dtype
+from codir_fast.ops.indexed_contrast import indexed_contrast
+from codir_fast.sharded_contrast import Direction, Objective, sharded_losses
+from codir_fast.sharding import GlobalBatch
+
+# labels, negative_labels, negative_index, exclude_index
+Picks = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def arrange(
+    vectors: tuple[Tensor, Tensor, Negatives],
+    temperature: float | Tensor,
+    normalize: bool,
+    symmetric: bool,
+    backend: str,
+    given: Picks,
+    batch: GlobalBatch | None,
+    is_nce: bool,
+) -> tuple[list[Direction], Objective]:
+    """Who looks for whom among what, one way or both, and InfoNCE's objective for it."""
+    query, positive_key, negative_keys = vectors
+    is_split_nce = batch is not None and is_nce
+    wide = compute_dtype(query.dtype)
+    dtype = wide if is_split_nce else product_dtype(query, backend)
+    # The operator widens query and positive and brings them to unit length, unless NCE's sums are
+    # split over ranks, or they are needed so several times.
+    several_times = negative_keys is None or symmetric
+    raw = dtype != wide or (normalize and not (several_times or is_split_nce))
+    q, p = (query, positive_key) if raw else prepare(query, positive_key, normalize)
+    by_operator = normalize and raw
+    serve = partial(as_rows, normalize=by_operator, dtype=dtype)  # as negatives in-batch
+    inv_temperature = inverse_temperature(temperature, query)
+    key = serve(p) if negative_keys is None else p
+    negatives = choose_negatives(query, key, negative_keys, normalize, dtype, *given, batch)
+    check_float8(negatives, temperature)
+    ways = _both_ways(q, p, negatives, serve if symmetric else None)
+    return ways, Objective(inv_temperature, None, 1, 1, by_operator, backend)
+
+
+def losses_of(
+    directions: list[Direction], objective: Objective, batch: GlobalBatch | None
+) -> list[Tensor]:
+    """The loss (B,) of each direction."""
+    if batch is not None and not directions[0][2].own:
+        return sharded_losses(directions, batch, objective)
+    return [_loss(*direction, objective) for direction in directions]
+
+
+def _loss(
+    query: Tensor, positive: Tensor, negatives: ChosenNegatives, objective: Objective
+) -> Tensor:
+    vectors = (query, positive, negatives.rows, objective.inv_temperature)
+    picks: dict[str, Any] = {
+        "bank_scale": negatives.scale,
+        "labels": negatives.labels,
+        "bank_labels": negatives.row_labels,
+        "exclude_index": negatives.exclude_index,
+        "valid": negatives.valid,
+        "log_partition": objective.log_partition,
+        "num_noise": objective.num_noise,
+        "num_data": objective.num_data,
+        "normalize": objective.normalize,
+        "backend": objective.backend,
+    }
+    if negatives.index is None:
+        return bank_contrast(*vectors, **picks)
+    return indexed_contrast(*vectors, negatives.index, **picks)
+
+
+def _both_ways(
+    query: Tensor,
+    positive: Tensor,
+    negatives: ChosenNegatives,
+    serve: Callable[[Tensor], Tensor] | None,
+) -> list[Direction]:
+    """Who looks for whom among what; the other way round too if the queries `serve` as negatives in
+    their turn.
+    """
+    directions = [(query, positive, negatives)]
+    if serve is not None:
+        exchanged = replace(negatives, rows=serve(query)) if negatives.in_batch else negatives
+        directions.append((positive, query, exchanged))
+    return directions
