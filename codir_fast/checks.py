@@ -78,11 +78,22 @@ def check_same_dtype(name: str, value: Tensor, dtype: torch.dtype, whose: str) -
         )
 
 
-def check_index(name: str, index: Tensor, low: int, high: int) -> None:
-    """Values in [low, high). Only where looking costs nothing: not on a GPU, not while
-    compiling.
+def is_readable(tensor: Tensor) -> bool:
+    """Whether looking at its values costs nothing: not on a GPU, not while compiling or under
+    vmap.
     """
-    if torch.compiler.is_compiling() or index.device.type != "cpu" or index.numel() == 0:
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
+
+
+def check_index(name: str, index: Tensor, low: int, high: int) -> None:
+    """Values in [low, high), where they can be read."""
+    if index.numel() == 0 or not is_readable(index):
         return
     smallest, largest = (int(value) for value in index.aminmax())
     if smallest < low or largest >= high:

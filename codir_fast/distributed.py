@@ -249,6 +249,8 @@ def _take_rows(
     bank: BankRows,
 ) -> None:
     """Copies the rows that `bank` holds out of a state that has some of them."""
+    if f"{prefix}rows" not in state:
+        raise ValueError(f"`states` must hold `{prefix}rows` as `module` does, one has none")
     wanted, num_rows = _first(bank), len(bank.rows)
     first, rows = int(state.get(f"{prefix}first_row", 0)), state[f"{prefix}rows"]
     if first + len(rows) > bank.size:

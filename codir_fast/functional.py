@@ -89,7 +89,8 @@ def contrastive_loss(
             dense pass reads it once for all queries. The range is checked on the CPU; a GPU gives
             NaN for a query with a row out of range, or stops (backend "torch").
         exclude_index: (B,) integers, the row of the negatives that is this query's own example, -1
-            for none. In-batch the own row is left out anyway. The range is checked on the CPU only.
+            for none. In-batch the own row is left out anyway. The range is checked on the CPU only,
+            and not while compiling or under vmap.
         weight: (B,) factor on each query's loss, before the reduction.
         log_partition: log Z of NCE, a number or 0-d tensor, a constant to gradients. Default: of
             these inputs, see estimate_log_partition; ContrastiveLoss keeps that of its first batch.
@@ -219,7 +220,7 @@ def _log_partition(
     if batch is not None:
         numbers = gather_numbers(batch, torch.stack([log_sum.to(pairs.dtype), pairs]))
         log_sum, pairs = torch.logsumexp(numbers[:, 0], 0), numbers[:, 1].sum()
-    log_mean = log_sum - pairs.log()
+    log_mean = torch.where(pairs > 0, log_sum - pairs.log(), -torch.inf)
     log_n = log_mean.new_full((), num_data or directions[0][2].num_rows or 1).log()
     return (log_mean + log_n).to(per_query[0].dtype)
 

@@ -15,6 +15,7 @@ from codir_fast.checks import (
     check_float_dtype,
     check_number,
     check_tensor,
+    is_readable,
 )
 from codir_fast.negatives import ChosenNegatives, as_rows, check_input_dtype
 from codir_fast.ops.contrast import compute_dtype
@@ -99,17 +100,17 @@ def inverse_temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
     check_float_dtype("temperature", temperature.dtype)
     if temperature.device.type != "cpu":
         check_device("temperature", temperature, query.device, "`query` or on the CPU")
-    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(temperature):
         check_temperature(temperature.item())
     return temperature.to(compute_dtype(query.dtype)).reciprocal()
 
 
 def check_float8(negatives: ChosenNegatives, temperature: float | Tensor) -> None:
     """Colder, the rounding of the rows would show: where looking does not wait for a device."""
-    if negatives.rows.dtype != FLOAT8 or torch.compiler.is_compiling():
+    if negatives.rows.dtype != FLOAT8:
         return
     if isinstance(temperature, Tensor):
-        if temperature.device.type != "cpu":
+        if not is_readable(temperature):
             return
         temperature = temperature.item()
     if temperature < _MIN_FLOAT8_TEMPERATURE:
@@ -126,7 +127,7 @@ def as_scalar(log_partition: float | Tensor, query: Tensor) -> Tensor:
         raise ValueError(f"`log_partition` must be 0-d, got shape {tuple(log_partition.shape)}")
     check_float_dtype("log_partition", log_partition.dtype)
     check_device("log_partition", log_partition, query.device, "`query`")
-    if log_partition.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(log_partition):
         _check_log_partition(log_partition.item())
     wide = torch.float64 if log_partition.dtype == torch.float64 else torch.float32
     return log_partition.detach().to(wide)

@@ -3,6 +3,7 @@ functional.contrastive_loss does the work.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from codir_fast.checks import check_choice, check_flag, check_number
 from codir_fast.collectives import ranks_of
 from codir_fast.functional import contrastive_loss, estimate_log_partition
 from codir_fast.loss_arguments import check_nce, check_options, check_temperature
+from codir_fast.memory_bank import IndexedBank, MemoryQueue
 from codir_fast.negatives import Negatives
 
 _MIN_LOG_INV, _MAX_LOG_INV = math.log(0.01), math.log(100)
@@ -28,9 +30,10 @@ class ContrastiveLoss(nn.Module):
         objective, normalize, reduction, symmetric, backend, num_data: as for the function.
         learnable_temperature: makes log(1/t) a parameter, `log_inv_temperature`, kept where 1/t is
             in [0.01, 100].
-        log_partition: log Z of NCE, a number. Default: that of the first batch in training, kept
-            from then on. It is a buffer, NaN as long as it is not known; until then a batch in eval
-            mode goes by its own and keeps none.
+        log_partition: log Z of NCE, a number. Default: that of the first batch in training that
+            meets negatives, kept from then on. It is a buffer in float64, NaN as long as it is not
+            known; until then a batch goes by its own where there are none (a bank that is still
+            empty), or in eval mode, and keeps none.
         process_group: as for the function.
 
     Example:
@@ -88,7 +91,8 @@ class ContrastiveLoss(nn.Module):
         """t: a number, or where it is learnt a 0-d tensor with gradient."""
         if not self.learnable_temperature:
             return self._temperature
-        return self.log_inv_temperature.clamp(_MIN_LOG_INV, _MAX_LOG_INV).neg().exp()
+        # A copy: the parameter may be brought back into range before this is differentiated.
+        return self.log_inv_temperature.clone().clamp(_MIN_LOG_INV, _MAX_LOG_INV).neg().exp()
 
     def forward(
         self,
@@ -134,15 +138,17 @@ class ContrastiveLoss(nn.Module):
 
     def _partition(self, vectors: tuple[Any, ...], options: dict[str, Any]) -> Tensor | None:
         """log Z, kept for good at the first batch in training; None: the batch's own, not kept."""
+        may_look = _may_look(self.log_partition)
+        if may_look and not self._log_partition_known:
+            # Others write buffers, too: DistributedDataParallel, an average of models.
+            self._log_partition_known = not bool(self.log_partition.isnan())
         if self._log_partition_known:
             return self.log_partition
         estimate = estimate_log_partition(*vectors, **options)
         is_alone = self._ranks is None
         if not self.training or (is_alone and vectors[0].shape[0] == 0):
             return None
-        # On a GPU, looking would wait for the device; with others, it was waited for anyway.
-        may_look = not torch.compiler.is_compiling() and (estimate.is_cpu or not is_alone)
-        if may_look and not estimate.isfinite():
+        if may_look and (_has_none(vectors[1], vectors[2], is_alone) or not estimate.isfinite()):
             return None
         self.log_partition.copy_(estimate)
         self._log_partition_known = True
@@ -151,16 +157,44 @@ class ContrastiveLoss(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.objective == "nce":
-            self._log_partition_known = not bool(self.log_partition.isnan())
+            known = not self.log_partition.is_meta and not bool(self.log_partition.isnan())
+            self._log_partition_known = known
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ContrastiveLoss":
+        before = self.log_partition if self.objective == "nce" else None
+        super()._apply(fn, recurse)
+        if before is not None and self.log_partition.dtype != before.dtype:
+            # half() is for what has many digits to lose: Z itself would be off by percents.
+            self.log_partition = before.to(self.log_partition.device)
+        return self
 
     def extra_repr(self) -> str:
-        t = float(self.temperature)
+        with torch.no_grad():
+            t = self.temperature
+        shown = "on meta" if isinstance(t, Tensor) and t.is_meta else f"{float(t):.4g}"
         return (
-            f"temperature={t:.4g}, objective={self.objective!r}, normalize={self.normalize}, "
+            f"temperature={shown}, objective={self.objective!r}, normalize={self.normalize}, "
             f"reduction={self.reduction!r}, learnable_temperature={self.learnable_temperature}, "
             f"symmetric={self.symmetric}, backend={self.backend!r}"
             + ("" if self._ranks is None else f", {self._ranks.size} ranks")
         )
+
+
+def _may_look(value: Tensor) -> bool:
+    """Whether a number that is looked at once may be: a GPU is waited for, but not in a capture."""
+    capturing = value.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or value.is_meta or capturing)
+
+
+def _has_none(positive_key: Tensor, negative_keys: Negatives, is_alone: bool) -> bool:
+    """Whether these are negatives for nobody: a bank that nothing was put into, no rows. All ranks
+    say the same.
+    """
+    if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
+        return negative_keys.is_empty()
+    if negative_keys is None:
+        return is_alone and len(positive_key) == 1
+    return is_alone and 0 in negative_keys.shape
 
 
 def _refuse(unknown: dict[str, Any]) -> None:

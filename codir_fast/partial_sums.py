@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from codir_fast.checks import check_choice
 from codir_fast.ops.contrast import softplus, wide
 
 
@@ -46,7 +47,13 @@ def combine_partial_sums(
     Args:
         parts: at least one, of the same queries, positives and temperature.
         objective: "infonce" or "nce".
+
+    Raises:
+        ValueError: another objective; no part.
     """
+    check_choice("objective", objective, ("infonce", "nce"))
+    if len(parts) == 0:
+        raise ValueError("`parts` must hold the sums of at least one part, got none")
     return combine_repeated(parts, [None] * len(parts), objective == "nce")
 
 

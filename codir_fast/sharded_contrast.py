@@ -288,9 +288,13 @@ class _Finish(torch.autograd.Function):
         (loss, dquery, dinv_temperature), dpositive, lse = scan.finish()
         needs = ctx.needs_input_grad
         ctx.scan = scan if needs[2] else None
+        inputs = (query, positive, rows, inv_temperature)
+        given = tuple(x for x, needed in zip(inputs, needs, strict=False) if needed)
+        ctx.num_given = len(given)
         ctx.dtypes = query.dtype, positive.dtype
         ctx.inv_temperature_like = inv_temperature.dtype, inv_temperature.device
         ctx.save_for_backward(
+            *given,
             dquery if needs[0] else None,
             dpositive if needs[1] else None,
             rows if needs[2] else None,
@@ -301,7 +305,8 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> Any:
-        dquery, dpositive, rows, dinv_temperature, lse = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        dquery, dpositive, rows, dinv_temperature, lse = saved[ctx.num_given :]
         dtype, device = ctx.inv_temperature_like
         grads = (
             None if dquery is None else (grad_loss[:, None] * dquery).to(ctx.dtypes[0]),
@@ -311,4 +316,5 @@ class _Finish(torch.autograd.Function):
             if dinv_temperature is None
             else (grad_loss * dinv_temperature).sum().to(dtype=dtype, device=device),
         )
-        return (*registration.first_derivative_only("bank_contrast", grads), None)
+        given = (*saved[: ctx.num_given], grad_loss)
+        return (*registration.first_derivative_only("bank_contrast", grads, given), None)

@@ -223,6 +223,46 @@ def test_second_derivative_raises():
         first.square().sum().backward()
 
 
+def of_forms(backend):
+    """The loss with each form of negatives, as a function of the query."""
+    p, rows, own = torch.randn(B, D), torch.randn(K, D), torch.randn(B, 3, D)
+    index, options = torch.randint(0, K, (B, 3)), {"backend": backend}
+    return {
+        "in-batch": lambda q: contrastive_loss(q, p, **options),
+        "positive": lambda q: contrastive_loss(p, q, rows, **options),
+        "shared": lambda q: contrastive_loss(q, p, rows, **options),
+        "gradient": lambda q: contrastive_loss(p, p, q, **options),
+        "own": lambda q: contrastive_loss(q, p, own, **options),
+        "index": lambda q: contrastive_loss(q, p, rows, negative_index=index, **options),
+        "temperature": lambda q: contrastive_loss(p, p, rows, temperature=q.exp().sum(), **options),
+    }
+
+
+FORMS = pytest.mark.parametrize("form", of_forms("auto"))
+BOTH = pytest.mark.parametrize("backend", ["cpu", "torch"])
+
+
+@BOTH
+@FORMS
+def test_second_derivative_raises_where_only_inputs_are_asked_for(form, backend):
+    """torch.autograd.grad goes no further than to what it is asked for."""
+    loss_of, x = of_forms(backend)[form], torch.randn(B, D, requires_grad=True)
+    (first,) = torch.autograd.grad(loss_of(torch.tanh(x)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="contrast has no second derivative"):
+        torch.autograd.grad(first.sum(), x)
+    with pytest.raises(RuntimeError, match="contrast has no second derivative"):
+        torch.autograd.functional.hessian(loss_of, x.detach())
+
+
+@BOTH
+@FORMS
+def test_checkpoint(form, backend):
+    loss_of, x = of_forms(backend)[form], torch.randn(B, D, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss_of(x), x)
+    torch.utils.checkpoint.checkpoint(loss_of, x, use_reentrant=False).backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
     x, p = torch.randn(B, D), torch.randn(B, D)
@@ -308,6 +348,16 @@ def test_learnt_temperature_stays_in_range(value, bound):
     assert loss_fn.log_inv_temperature.grad != 0  # it can come back
 
 
+def test_learnt_temperature_in_two_losses_before_one_backward():
+    loss_fn = codir_fast.ContrastiveLoss(T, learnable_temperature=True)
+    (q, p), parameter = pair(torch.float32), loss_fn.log_inv_temperature
+    apart = [torch.autograd.grad(loss_fn(*each), parameter)[0] for each in ((q, p), (p, q))]
+    loss = loss_fn(q, p) + loss_fn(p, q)
+    with torch.no_grad():
+        loss_fn(q, p)
+    torch.testing.assert_close(torch.autograd.grad(loss, parameter)[0], apart[0] + apart[1])
+
+
 def test_learnt_temperature_compiles(compile_whole):
     loss_fn = codir_fast.ContrastiveLoss(T, learnable_temperature=True)
     plain = copy.deepcopy(loss_fn)
@@ -322,6 +372,13 @@ def test_module_without_parameters_has_an_empty_state():
     loss_fn = codir_fast.ContrastiveLoss(T)
     assert not loss_fn.state_dict() and loss_fn.temperature == T
     assert "temperature=0.2, objective='infonce'" in repr(loss_fn)
+
+
+@pytest.mark.filterwarnings("error")
+def test_repr_of_a_learnt_temperature():
+    loss_fn = codir_fast.ContrastiveLoss(T, learnable_temperature=True)
+    assert "temperature=0.2, " in repr(loss_fn)
+    assert "temperature=on meta, " in repr(loss_fn.to("meta"))
 
 
 @pytest.mark.parametrize("name", ["margin", "pos_margin", "neg_margin"])

@@ -197,6 +197,20 @@ def test_second_derivative_raises(backend):
     (first,) = torch.autograd.grad(pooled, layer, create_graph=True)
     with pytest.raises(RuntimeError, match="masked_pool has no second derivative"):
         first.square().sum().backward()
+    with pytest.raises(RuntimeError, match="masked_pool has no second derivative"):
+        torch.autograd.grad(first.square().sum(), layer)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functorch_is_refused(backend):
+    (layer,) = make_layers(1, 2, 3, 4)
+
+    def pooled(layer):
+        return module.masked_pool([layer], None, "mean", backend).sum()
+
+    for transformed in (torch.func.grad(pooled), torch.func.vmap(pooled)):
+        with pytest.raises(RuntimeError, match="masked_pool can't be transformed by torch.func"):
+            transformed(layer)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -165,6 +165,45 @@ def test_a_batch_of_no_query_fixes_nothing():
     loss_fn = codir_fast.ContrastiveLoss(objective="nce", reduction="sum")
     assert loss_fn(torch.ones(0, D), torch.ones(0, D), torch.randn(K, D)) == 0
     assert loss_fn.log_partition.isnan()
+    assert estimate_log_partition(*torch.ones(2, 0, D), torch.randn(K, D)) == -math.inf
+
+
+def test_a_batch_that_meets_no_negatives_fixes_nothing():
+    """Of positives alone, Z would be too large for good: a queue is empty in its first step."""
+    loss_fn = codir_fast.ContrastiveLoss(objective="nce")
+    q, p = (x.detach() for x in pair(torch.float32))
+    queue, bank = codir_fast.MemoryQueue(K, D), codir_fast.IndexedBank(K, D)
+    for empty in (queue, bank, torch.ones(0, D), torch.ones(B, 0, D)):
+        assert loss_fn(q, p, empty).isfinite()
+    assert loss_fn(q[:1], p[:1]).isfinite()
+    assert loss_fn.log_partition.isnan()
+    queue.enqueue(p)
+    loss_fn(q, p, queue)
+    expected = estimate_log_partition(q, p, queue)
+    torch.testing.assert_close(loss_fn.log_partition, expected.double())
+
+
+def test_a_partition_written_into_the_buffer_is_kept():
+    """As DistributedDataParallel does, and who averages models."""
+    loss_fn = codir_fast.ContrastiveLoss(objective="nce")
+    for buffer in loss_fn.buffers():
+        buffer.fill_(LOG_Z)
+    q, p = pair(torch.float32)
+    torch.testing.assert_close(
+        loss_fn(q, p), contrastive_loss(q, p, objective="nce", log_partition=LOG_Z)
+    )
+    assert loss_fn.log_partition == LOG_Z
+
+
+def test_a_partition_stays_in_float64():
+    loss_fn = codir_fast.ContrastiveLoss(objective="nce", log_partition=18.944)
+    for cast in (loss_fn.half, loss_fn.bfloat16, loss_fn.float):
+        assert cast() is loss_fn and loss_fn.log_partition.item() == 18.944
+    state = loss_fn.state_dict()
+    on_meta = loss_fn.half().to("meta")
+    assert on_meta.log_partition.dtype == torch.float64
+    on_meta.load_state_dict(state, assign=True)
+    assert on_meta.log_partition.item() == 18.944
 
 
 def test_module_with_a_given_partition():

@@ -151,3 +151,11 @@ def test_bad_input(name):
     options, message = BAD[name]
     with pytest.raises(ValueError, match=re.escape(message)):
         partial_sums(*inputs(torch.float32), **options)
+
+
+def test_what_can_not_be_combined():
+    with pytest.raises(ValueError, match="`parts` must hold the sums of at least one part"):
+        combine_partial_sums([])
+    sums = partial_sums(*inputs(torch.float32))
+    with pytest.raises(ValueError, match="`objective` must be one of"):
+        combine_partial_sums([sums], objective="triplet")

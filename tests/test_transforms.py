@@ -163,6 +163,32 @@ def test_vmap(backend):
     torch.testing.assert_close(per_sample, expected)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("option", ["negative_index", "exclude_index", "temperature"])
+def test_vmap_over_an_option(option, backend):
+    """Of what is not looked at under vmap, C++ still refuses rows that are not there."""
+    q, negatives = torch.randn(3, 6, D), torch.randn(20, D)
+    values = {
+        "negative_index": torch.randint(0, 20, (3, 6, M)),
+        "exclude_index": torch.randint(-1, 20, (3, 6)),
+        "temperature": torch.tensor([0.1, 0.2, 0.3]),
+    }[option]
+
+    def loss_of(q, value):
+        return contrastive_loss(q, q, negatives, backend=backend, **{option: value})
+
+    each = list(zip(q, values, strict=True))
+    expected = torch.stack([loss_of(*pair) for pair in each])
+    torch.testing.assert_close(torch.func.vmap(loss_of)(q, values), expected)
+    per_sample = torch.func.vmap(torch.func.grad(loss_of))(q, values)
+    expected = torch.stack([torch.func.grad(loss_of)(*pair) for pair in each])
+    torch.testing.assert_close(per_sample, expected)
+    if option == "negative_index" and backend == "cpu":
+        # Where its warning of the missing batching rule meets the error, PyTorch raises another.
+        with pytest.raises((RuntimeError, SystemError)):
+            torch.func.vmap(loss_of)(q, values + 20)
+
+
 def test_functorch_second_derivative():
     q, p, negatives, _ = make_inputs("shared", 6, 20)
 

@@ -33,6 +33,8 @@ def memory_queue_from_moco(
     if queue.ndim != 2:
         raise ValueError(f"`queue` must have shape (D, K), got {tuple(queue.shape)}")
     dim, size = queue.shape
+    if isinstance(queue_ptr, Tensor) and queue_ptr.numel() != 1:
+        raise ValueError(f"`queue_ptr` must be one integer, got shape {tuple(queue_ptr.shape)}")
     position = int(queue_ptr)
     if not 0 <= position < size:
         raise ValueError(f"`queue_ptr` must be in [0, {size}), got {position}")

@@ -114,7 +114,7 @@ class NTXentLoss(nn.Module):
             others = positives != own_row[anchors]
             anchors, positives = anchors[others], positives[others]
         if len(anchors) == 0:
-            return 0 * embeddings.sum()
+            return _nothing(embeddings)
         log_sum = self._log_sum_over_negatives(embeddings, labels, rows, row_labels)
         return _mean(self._logits(embeddings, rows, anchors, positives), log_sum[anchors])
 
@@ -135,7 +135,7 @@ class NTXentLoss(nn.Module):
             )
         )
         if len(anchors) == 0 or len(negatives) == 0:
-            return 0 * embeddings.sum()
+            return _nothing(embeddings)
         logits = self._logits(embeddings, rows, negative_anchors, negatives)
         log_sum = _scatter_logsumexp(logits, negative_anchors, len(embeddings))
         return _mean(self._logits(embeddings, rows, anchors, positives), log_sum[anchors])
@@ -315,7 +315,14 @@ def _scatter_logsumexp(logits: Tensor, anchors: Tensor, B: int) -> Tensor:
     fixed = logits.detach()
     largest = fixed.new_full((B,), -torch.inf).scatter_reduce(0, anchors, fixed, "amax")
     parts = torch.exp(logits - largest[anchors])
-    return largest + torch.zeros_like(largest).index_add(0, anchors, parts).log()
+    total = torch.zeros_like(largest).index_add(0, anchors, parts)
+    return largest + torch.where(total > 0, total, 1).log()  # largest is -inf where total is 0
+
+
+def _nothing(embeddings: Tensor) -> Tensor:
+    """A loss of 0, with gradient 0."""
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    return (0 * embeddings).sum(dtype=dtype)
 
 
 def _mean(positive_logits: Tensor, log_sums: Tensor) -> Tensor:

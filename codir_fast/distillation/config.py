@@ -240,8 +240,8 @@ class PretrainingConfig(LayerConfig):
     mlm_probability: float = field(
         default=0.15,
         metadata={
-            "help": "Share of the tokens that are masked: 80 % become the mask token, 10 % another "
-            "token, 10 % stay."
+            "help": "Share of the tokens that are masked: 80 %% become the mask token, 10 %% "
+            "another token, 10 %% stay."
         },
     )
     queue_size: int = field(

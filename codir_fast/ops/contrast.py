@@ -214,9 +214,12 @@ def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
         ctx.num_picks, ctx.options = len(picks), (num_noise, num_data, normalize)
         ctx.dtypes = query.dtype, positive.dtype
         ctx.inv_temperature_like = (inv_temperature.dtype, inv_temperature.device)
-        # (B, .) tensors only, unless the bank needs a gradient: else it may change before backward.
-        ctx.under_functorch = registration.under_functorch()
-        given = (query, positive, bank, inv_temperature) if ctx.under_functorch else ()
+        # First what a second derivative would depend on, to refuse it. (B, .) tensors only, unless
+        # the bank needs a gradient: else it may change before backward.
+        given = inputs[:4]
+        if not registration.under_functorch():
+            given = tuple(x for x, needed in zip(given, needs, strict=False) if needed)
+        ctx.num_given = len(given)
         ctx.save_for_backward(
             *given,
             dquery if needs[0] else None,
@@ -228,8 +231,8 @@ def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
     def differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * (7 + ctx.num_picks)
-        given = ctx.saved_tensors[: 4 if ctx.under_functorch else 0]
-        dquery, dpositive, dinv_temperature, *for_bank = ctx.saved_tensors[len(given) :]
+        saved = ctx.saved_tensors  # once: checkpointing refuses more
+        dquery, dpositive, dinv_temperature, *for_bank = saved[ctx.num_given :]
         dtype, device = ctx.inv_temperature_like
         grads = (
             None if dquery is None else _chained(grad_loss, dquery, ctx.dtypes[0]),
@@ -239,6 +242,7 @@ def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
             if dinv_temperature is None
             else (grad_loss * dinv_temperature).sum().to(dtype=dtype, device=device),
         )
+        given = (*saved[: ctx.num_given], grad_loss)
         once = registration.first_derivative_only(op, grads, given)
         return (*once, *(None,) * (ctx.num_picks + 3))
 

@@ -168,7 +168,7 @@ def _add(backend: str) -> None:
             return (None,) * ctx.num_layers
         attention_mask, argmax = ctx.saved_tensors
         grads = backward(grad, attention_mask, argmax, ctx.num_layers, ctx.num_tokens, ctx.mode)
-        return registration.first_derivative_only("masked_pool", grads)
+        return registration.first_derivative_only("masked_pool", grads, (grad,))
 
     def differentiate_op(ctx: Any, grad: Tensor | None, _: None) -> tuple[Any, None, None]:
         return list(differentiate(ctx, grad)), None, None
@@ -188,8 +188,10 @@ def _add(backend: str) -> None:
             return None, None, *differentiate(ctx, grad)
 
     def call(layers: list[Tensor], attention_mask: Tensor | None, mode: str) -> Any:
-        if torch.compiler.is_compiling() or registration.under_functorch():
+        if torch.compiler.is_compiling():
             return forward(layers, attention_mask, mode)
+        if any(registration.is_transformed(layer) for layer in layers):
+            raise RuntimeError("codir_fast: masked_pool can't be transformed by torch.func")
         return Eager.apply(attention_mask, mode, *layers)
 
     registration.register_fake(forward, _fake)

@@ -66,6 +66,11 @@ def under_functorch() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether one of functorch's transforms is being applied to this tensor."""
+    return under_functorch() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def differentiable(
     op: OpOverload, setup: Callable[..., None], differentiate: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -144,17 +149,15 @@ class _Once(torch.autograd.Function):
 
 
 def first_derivative_only(
-    op: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor] = ()
+    op: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """The gradients that a backward returns, made to raise when they are differentiated in turn.
 
-    Torch's once_differentiable lets the case pass where the incoming gradient needs none itself.
-    Under functorch a gradient is told that it depends on the `inputs`, which must be given then.
+    They are told that they depend on the `inputs`, of the operator and of its backward: torch's
+    once_differentiable lets the case pass where the incoming gradient needs none itself.
     """
     if not torch.is_grad_enabled():
         return tuple(grads)
     present = [grad for grad in grads if grad is not None]
-    if not inputs:
-        present = [grad.detach().requires_grad_() for grad in present]
     marked = iter(_Once.apply(op, len(present), *present, *inputs)) if present else iter(())
     return tuple(None if grad is None else next(marked) for grad in grads)

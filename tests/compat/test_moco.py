@@ -57,6 +57,7 @@ def test_dtype_and_pointer():
         (torch.ones(D, K).int(), 0, TypeError, "`queue` must be float32"),
         (torch.ones(D, K), K, ValueError, "`queue_ptr` must be in [0, 20), got 20"),
         (torch.ones(D, K), torch.tensor([-1]), ValueError, "`queue_ptr` must be in [0, 20)"),
+        (torch.ones(D, K), torch.tensor([1, 2]), ValueError, "`queue_ptr` must be one integer"),
     ],
 )
 def test_refusals(queue, pointer, error, message):

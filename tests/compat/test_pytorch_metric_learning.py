@@ -144,6 +144,23 @@ def test_half_precision():
     torch.testing.assert_close(loss, originals.nt_xent(x.detach().float(), y, 0.07))
 
 
+def test_no_pair_in_half_precision():
+    """The sum of the embeddings, times 0, would be infinite times 0."""
+    x = torch.full((512, 512), 0.5, dtype=torch.float16, requires_grad=True)
+    loss = NTXentLoss()(x, torch.arange(512))
+    assert loss == 0 and loss.dtype == torch.float32
+    assert not torch.autograd.grad(loss, x)[0].any()
+
+
+def test_mined_pairs_under_detect_anomaly():
+    """Most embeddings are no anchor of a negative pair: no gradient is NaN on its way."""
+    x, y = embeddings(), labels()
+    mined = tuple(torch.tensor(n) for n in ([0, 1], [2, 3], [0, 1], [4, 5]))
+    with torch.autograd.detect_anomaly(check_nan=True):
+        NTXentLoss()(x, y, mined).backward()
+    assert x.grad.isfinite().all()
+
+
 @DTYPES
 @pytest.mark.parametrize("memory_size", [12, 20, 31])
 def test_memory_over_many_steps(losses, memory_size, dtype):

@@ -150,7 +150,7 @@ def test_a_preset_gives_way_to_flags(preset, folder, tmp_path, capsys):
     assert all(f"{name} {value}" in printed for name, value in expected.items())
 
 
-@pytest.mark.parametrize("command", ["finetune", "distill", "evaluate"])
+@pytest.mark.parametrize("command", ["finetune", "distill", "evaluate", "pretrain"])
 def test_help_lists_the_flags(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

@@ -251,6 +251,8 @@ def test_what_is_no_state_of_this_rank_is_refused(on_ranks):
         reshard_state([first], whole)
     with pytest.raises(ValueError, match="a state for each rank of the run, got none"):
         reshard_state([], whole)
+    with pytest.raises(ValueError, match="`states` must hold `rows` as `module` does"):
+        reshard_state([{"weight": torch.ones(2)}], whole)
     smaller = codir_fast.IndexedBank(20, D, labels=torch.zeros(20).int())
     with pytest.raises(ValueError, match="a bank of 20 rows as `rows`, got row 22"):
         reshard_state([first, second], smaller)

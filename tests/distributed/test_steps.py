@@ -244,7 +244,9 @@ def no_second_derivative(group):
     loss = loss_of(group, query, key)
     (dquery,) = torch.autograd.grad(loss, query, create_graph=True)
     with pytest.raises(RuntimeError, match="has no second derivative"):
-        dquery.sum().backward()
+        dquery.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(dquery.sum(), query)
 
 
 def test_a_second_derivative_is_refused(on_ranks):
