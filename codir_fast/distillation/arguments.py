@@ -79,6 +79,8 @@ class SourceArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.validation_split < 1:
             raise ValueError(f"`validation_split` must be in [0, 1), got {self.validation_split}")
+        if self.validation_file is not None and self.validation_split:
+            raise ValueError("`validation_split` can't be given beside `validation_file`")
         if self.dataset_config is not None and self.dataset_name is None:
             raise ValueError("`dataset_config` needs `dataset_name`")
         if self.max_train_samples is not None and self.max_train_samples < 1:
@@ -217,10 +219,13 @@ def given_flags(arguments: list[str]) -> dict[str, str]:
     return given
 
 
+_ZEROS = ("0", "0.", "0.0")
+
+
 def training_defaults(arguments: list[str]) -> dict[str, Any]:
     """What a user of a small classification set expects, where TrainingArguments differ."""
     given = given_flags(arguments)
-    validates = "validation_file" in given or "validation_split" in given
+    validates = "validation_file" in given or given.get("validation_split", "0") not in _ZEROS
     # Trainer takes every metric whose name does not end in loss for one that should be large.
     is_error = given.get("metric_for_best_model", "").endswith(("mse", "perplexity"))
     return {

@@ -20,7 +20,7 @@ from codir_fast.distillation.early_stopping import StoppingArguments
 from codir_fast.distillation.labels import read_labels
 from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import (
-    load_classifier,
+    load_new_classifier,
     load_tokenizer,
     load_trained_classifier,
 )
@@ -210,14 +210,13 @@ def _student(
     if models.student is None:
         assert models.student_layers is not None
         return student_from_teacher(teacher, models.student_layers, config.layer_mapping)
-    student = load_classifier(
+    student = load_new_classifier(
         "student",
         models.student,
         num_labels=teacher.config.num_labels,
         problem_type=teacher.config.problem_type,
         label2id=teacher.config.label2id,
         id2label=teacher.config.id2label,
-        ignore_mismatched_sizes=True,
     )
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UsageError(

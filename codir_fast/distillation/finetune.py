@@ -19,7 +19,7 @@ from codir_fast.distillation.data import (
 from codir_fast.distillation.early_stopping import StoppingArguments
 from codir_fast.distillation.labels import new_classifier, read_labels
 from codir_fast.distillation.lengths import longest_text
-from codir_fast.distillation.loading import load_classifier, load_tokenizer
+from codir_fast.distillation.loading import load_new_classifier, load_tokenizer
 from codir_fast.distillation.metrics import metrics_for
 from codir_fast.distillation.objectives import CLASSIFICATION, REGRESSION
 from codir_fast.distillation.output_folder import (
@@ -85,7 +85,7 @@ def run(arguments: list[str]) -> int:
     given = [(train, read_labels(train, "train_file", config))]
     if validation is not None:
         given.append((validation, read_labels(validation, "validation_file", config)))
-    model = load_classifier("model_name_or_path", name, ignore_mismatched_sizes=True, **outputs)
+    model = load_new_classifier("model_name_or_path", name, **outputs)
     longest = longest_text(data, tokenizer, model)
     sets = [
         tokenize(examples, tokenizer, labels, data.max_seq_length, longest)

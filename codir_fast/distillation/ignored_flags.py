@@ -43,9 +43,9 @@ def check_ignored_flags(
         UsageError: one of them has no effect in this run.
     """
     for name, reason in ALWAYS.items():
-        if _is_off(name, given):
+        if is_off(name, given):
             raise UsageError(f"`{name}` False can't be used: {reason}")
-    if _is_off("do_eval", given) and any(name in given for name in VALIDATION):
+    if is_off("do_eval", given) and any(name in given for name in VALIDATION):
         raise UsageError(
             "`do_eval` False can't be used: a run evaluates where it has something to evaluate on; "
             "leave out `validation_file` and `validation_split`"
@@ -65,7 +65,8 @@ def _own_name(flag: str) -> str:
     return name.replace("gradient_checkpointing", "activation_checkpointing")
 
 
-def _is_off(name: str, given: Mapping[str, str]) -> bool:
+def is_off(name: str, given: Mapping[str, str]) -> bool:
+    """Whether a switch was given, and off."""
     try:
         return name in given and not string_to_bool(given[name])
     except ArgumentTypeError:  # the next flag: a switch without a value is on
@@ -147,7 +148,7 @@ def _of_learning(training: TrainingArguments, given: Mapping[str, str]) -> Itera
         training.activation_checkpointing,
         "`activation_checkpointing`",
     )
-    streams = "streaming" in given and not _is_off("streaming", given)
+    streams = "streaming" in given and not is_off("streaming", given)
     draws = training.train_sampling_strategy != "sequential" and not streams
     yield ("data_seed",), draws, "an order that it draws, neither sequential nor of a stream"
     yield ("torch_empty_cache_steps",), training.device.type != "cpu", "an accelerator"

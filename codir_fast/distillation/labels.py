@@ -54,8 +54,9 @@ def label_names(examples: Dataset) -> list[str]:
     """The classes in order, integers by value and strings by alphabet."""
     feature = examples.features["label"]
     if hasattr(feature, "names"):  # a data set of the hub that names its classes
-        return list(feature.names)
-    names = [str(label) for label in sorted(set(examples["label"]))]
+        names = list(feature.names)
+    else:
+        names = [str(label) for label in sorted(set(examples["label"]))]
     if len(names) < 2:
         raise UsageError(f"`train_file` must hold at least 2 different labels, got {names}")
     return names
@@ -99,7 +100,8 @@ def label_ids(examples: Dataset, name: str, label2id: dict[str, int]) -> list[in
     takes_numbers = not any(known.lstrip("-").isdecimal() for known in label2id)
     ids = []
     for row, label in enumerate(examples["label"]):
-        text = feature.int2str(label) if hasattr(feature, "int2str") else str(label)
+        is_named = hasattr(feature, "names") and label in range(len(feature.names))
+        text = feature.names[label] if is_named else str(label)
         is_number = isinstance(label, int) and not isinstance(label, bool) and takes_numbers
         found = label2id.get(text, label if is_number else None)
         if found is None or not 0 <= found < len(label2id):

@@ -37,6 +37,33 @@ def load_classifier(flag: str, name: str, **options: Any) -> Any:
     return loaded
 
 
+def load_new_classifier(flag: str, name: str, **options: Any) -> PreTrainedModel:
+    """A sequence classifier whose layers come from the checkpoint; what follows them may be new, or
+    replace that of another number of classes.
+    """
+    model, report = load_classifier(
+        flag, name, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    _check_layers(flag, name, model, report)
+    return model
+
+
+def _check_layers(flag: str, name: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Raises UsageError where weights of the layers, or embeddings, are not the checkpoint's."""
+    mismatched = [key[0] for key in report.get("mismatched_keys", ())]  # and two shapes
+    absent = [
+        key
+        for key in sorted({*report["missing_keys"], *mismatched})
+        if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key
+    ]
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise UsageError(
+            f"`{flag}` must hold the weights of its layers, {name} has other sizes than its "
+            f"config.json says, or none, of {', '.join(absent[:3])}{more}"
+        )
+
+
 def load_trained_classifier(flag: str, name: str) -> PreTrainedModel:
     """A sequence classifier all of whose weights come from the checkpoint."""
     model, report = load_classifier(flag, name, output_loading_info=True)
@@ -99,6 +126,7 @@ def load_masked_lm(flag: str, name: str) -> tuple[PreTrainedModel, list[str]]:
     model, report = _load(
         flag, name, AutoModelForMaskedLM, use_safetensors=True, output_loading_info=True
     )
+    _check_layers(flag, name, model, report)
     return model, sorted(report["missing_keys"])
 
 

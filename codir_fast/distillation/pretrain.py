@@ -13,8 +13,9 @@ from transformers import (
 
 from codir_fast.distillation import arguments as args
 from codir_fast.distillation.config import PretrainingConfig
-from codir_fast.distillation.data import check_evaluation, tokenize_texts
+from codir_fast.distillation.data import check_batches, check_evaluation, tokenize_texts
 from codir_fast.distillation.early_stopping import StoppingArguments
+from codir_fast.distillation.ignored_flags import is_off
 from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import load_masked_lm, load_tokenizer, load_trained_masked_lm
 from codir_fast.distillation.masked_lm import PretrainingModel
@@ -105,6 +106,8 @@ def run(arguments: list[str]) -> int:
         )
     train, validation = load_texts(data, training.seed)
     check_evaluation(training, validation)
+    if not data.streaming:
+        check_batches(training, train)
     if not data.streaming and config.codir_weight > 0 and config.queue_size >= len(train):
         args.say(
             f"`queue_size` {config.queue_size} is not below the {len(train)} training texts: from "
@@ -140,12 +143,12 @@ def run(arguments: list[str]) -> int:
 
 def _defaults(arguments: list[str]) -> dict[str, Any]:
     """What differs from the fields' own defaults."""
-    given = {text.partition("=")[0] for text in arguments}
+    given = args.given_flags(arguments)
     defaults = args.training_defaults(arguments)
     defaults |= {"num_train_epochs": 1.0, "learning_rate": 1e-4}
-    if "--teacher" not in given:
+    if "teacher" not in given:
         defaults |= dict.fromkeys(TEACHER_WEIGHTS, 0.0)
-    if "--streaming" in given:
+    if "streaming" in given and not is_off("streaming", given):
         defaults |= {"save_strategy": "steps", "train_sampling_strategy": "random"}
         if defaults["eval_strategy"] != "no":
             defaults |= {"eval_strategy": "steps", "eval_steps": 500}

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from codir_fast.distillation.checkpointed_trainer import CheckpointedTrainer
 from codir_fast.distillation.model_card import CARD_FILE
@@ -72,6 +72,15 @@ class ResumableTrainer(CheckpointedTrainer):
                 loss = label_loss(logits[:count], labels[:count])
         return loss, logits, labels
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As Trainer's; `dataloader_drop_last` is of training: an evaluation leaves nothing out."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and kwargs.get("is_training", False)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def _own_rows(self, size: int) -> int:
         """How many of an evaluation batch's rows come first that are not there only so that all
         processes have as many.
@@ -88,9 +97,11 @@ class ResumableTrainer(CheckpointedTrainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         sampler = super()._get_train_sampler(*args, **kwargs)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if isinstance(sampler, BatchRebalanceSampler):
+            sampler.seed = seed  # Trainer leaves it at 42
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         sampler.batch_size *= self.args.world_size  # texts of like lengths for all processes
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # The whole part of state.epoch: in a resumed epoch it has a fraction, else it is exact.
         return SeededByEpoch(sampler, seed, lambda: int(self.state.epoch or 0))

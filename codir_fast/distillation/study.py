@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +39,7 @@ from codir_fast.errors import UsageError
 
 RUNS, TRIALS, LOGITS, WORK = "runs.jsonl", "trials.jsonl", "logits", "work"
 SPLITS = ("validation", "test")
+OF_TEXTS = {field.name for field in fields(TextArguments)}
 
 
 @dataclass
@@ -74,6 +75,22 @@ class Study:
         for name in ("regimes", "arms", "settings", "trials"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"`{name}` must be a mapping, got {getattr(self, name)!r}")
+        for name in ("teacher", "train_file", "validation_file", "test_file"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"`{name}` must be a path, got {getattr(self, name)!r}")
+        groups: list[tuple[str, dict[Any, Any]]] = [("regimes", self.regimes), ("arms", self.arms)]
+        groups += [("trials", dict(enumerate(tried))) for tried in self._tried()]
+        for name, group in groups:
+            for key, settings in group.items():
+                if not isinstance(settings, dict):
+                    raise ValueError(
+                        f"`{name}` must hold mappings of settings, {key!r} is {settings!r}"
+                    )
+                if shared := sorted(OF_TEXTS & settings.keys()):
+                    raise ValueError(
+                        f"`{shared[0]}` must be in the `settings` of all runs, which are judged on "
+                        f"the same texts, not of {key!r} in `{name}`"
+                    )
         if self.reference not in self.arms:
             raise ValueError(
                 f"`reference` must be an arm, {list(self.arms)}, got {self.reference!r}"
@@ -87,6 +104,18 @@ class Study:
                 raise ValueError(f"`seeds` must be a list of integers, got {seeds!r}")
         if set(self.seeds) & set(self.trial_seeds):
             raise ValueError("`seeds` and `trial_seeds` must have none in common")
+        self.texts()
+
+    def _tried(self) -> Iterator[list[Any]]:
+        for arm, tried in self.trials.items():
+            if not isinstance(tried, list):
+                raise ValueError(f"`trials` must hold lists, {arm!r} is {tried!r}")
+            yield tried
+
+    def texts(self) -> TextArguments:
+        """How texts are read, by runs and when they are judged."""
+        given = {name: self.settings[name] for name in OF_TEXTS & self.settings.keys()}
+        return TextArguments(**given)
 
 
 @dataclass(frozen=True)
@@ -226,7 +255,14 @@ def _hash_inputs(study: Study) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a file, but for a last one that was cut off."""
     lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UsageError(f"study: line {number} of {path} is no JSON: {error}") from error
+    return rows
 
 
 def _run_all(
@@ -322,7 +358,7 @@ def _flags(study: Study, task: Run, student: Path, output: Path) -> list[str]:
 
 def classify(model: str, study: Study, split: str) -> tuple[Tensor, Tensor]:
     """A model's logits (N, C) on a split's texts, and their labels (N,)."""
-    data = TextArguments(max_seq_length=study.settings.get("max_seq_length", 128))
+    data = study.texts()
     classifier, tokenizer = load_trained_classifier("model", model), load_tokenizer("model", model)
     name = f"{split}_file"
     examples = select_columns(read_file(name, getattr(study, name)), name, data)
@@ -338,7 +374,11 @@ def classify(model: str, study: Study, split: str) -> tuple[Tensor, Tensor]:
 
 def _teacher_logits(study: Study, inputs: str, output: Path) -> Path:
     """File of the teacher's logits on each split, made once."""
-    path = output / LOGITS / f"teacher-{inputs[:16]}.safetensors"
+    folder = Path(study.teacher)
+    digest = hashlib.sha256(json.dumps([inputs, asdict(study.texts())], sort_keys=True).encode())
+    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.txt")):  # tokenizer, config
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    path = output / LOGITS / f"teacher-{digest.hexdigest()[:16]}.safetensors"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
         partial = path.with_suffix(".partial")

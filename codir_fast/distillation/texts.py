@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from datasets.table import CastError
 from pandas.errors import ParserError
 from pyarrow import ArrowInvalid
 
@@ -21,7 +22,7 @@ from codir_fast.errors import UsageError
 
 TEXT_FORMATS = FORMATS | {".txt": "text"}
 # Of datasets' readers of csv, json and parquet, text.
-STREAM_ERRORS = (ParserError, ArrowInvalid, UnicodeDecodeError)
+STREAM_ERRORS = (ParserError, ArrowInvalid, UnicodeDecodeError, CastError)
 
 
 def load_texts(data: CorpusArguments, seed: int) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ the log.
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ from codir_fast.distributed import ignore_shards_in_ddp
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 
 STATE_FILE = "distillation_state.safetensors"
+# What makes the features that heads were trained on and banks hold.
+_OF_FEATURES = ("pooling", "layer_mapping", "contrast_layers", "standardize_features")
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -73,7 +76,9 @@ class DistillationTrainer(ResumableTrainer):
 
     def _feature_batches(self) -> Iterator[dict[str, Any]]:
         """Batches of the training examples that features are standardised over."""
-        batches = self.get_eval_dataloader(self.train_dataset)
+        # The loader for evaluation would be kept, with its workers, and evaluated on from then on.
+        examples: Any = self.train_dataset
+        batches = self.get_test_dataloader(examples)
         for batch in tqdm(batches, "Standardize", leave=False, disable=not self.args.should_log):
             if count := self._own_rows(find_batch_size(batch)):
                 yield {n: x[:count] for n, x in self._prepare_inputs(batch).items()}
@@ -88,8 +93,9 @@ class DistillationTrainer(ResumableTrainer):
         outputs = model(**inputs)
         if model.training:
             self._count += 1
-            for name in outputs.keys() - {"loss", "logits"}:
-                self._sums[name] += outputs[name].detach()
+            for name, term in outputs.items():  # in an order that is the same on all ranks
+                if name not in ("loss", "logits"):
+                    self._sums[name] += term.detach()
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -162,6 +168,7 @@ def load_checkpoint(model: TeacherStudent, directory: Path) -> None:
             raise ValueError(f"it has no {STATE_FILE}, so that it is of no distillation")
         load_weights(model.student, directory)
         state = load_file(directory / STATE_FILE)
+        _check_features(model, directory)
         _check_labels(model, state)
         model.load_distillation_state(state)
         if model.needs_features:
@@ -169,6 +176,16 @@ def load_checkpoint(model: TeacherStudent, directory: Path) -> None:
         for part in model.modules():
             if isinstance(part, (IndexedBank, MemoryQueue)):
                 part.check_rows()
+
+
+def _check_features(model: TeacherStudent, directory: Path) -> None:
+    """The rows of its bank are features like those of this run."""
+    config = model.distillation_config
+    saved = asdict(type(config).load(directory))
+    for name in _OF_FEATURES:
+        now = getattr(config, name, None)
+        if saved.get(name) != now:
+            raise ValueError(f"`{name}` was {saved.get(name)}, and is {now} now")
 
 
 def _check_labels(model: TeacherStudent, state: dict[str, Tensor]) -> None:

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from codir_fast.distillation.arguments import say
@@ -74,12 +80,13 @@ def best_beside(directory: Path, saved: TrainerState) -> str | None:
 
 
 def restore_callbacks(callbacks: Sequence[Any], saved: TrainerState) -> bool:
-    """Sets the counters of callbacks, as that of early stopping; returns whether they had stopped
-    the run, where they would do so again.
+    """Sets the counters of callbacks, as that of early stopping; returns whether one of them had
+    stopped the run, and would do so again.
     """
     states: Any = saved.stateful_callbacks
     control = states.get(TrainerControl.__name__, {"args": {}})["args"]
     stopped = bool(control.get("should_training_stop")) and saved.global_step < saved.max_steps
+    would_again = False
     for callback in callbacks:
         kept = states.get(type(callback).__name__)
         if isinstance(kept, list):  # several of one class, in their order
@@ -90,4 +97,7 @@ def restore_callbacks(callbacks: Sequence[Any], saved: TrainerState) -> bool:
             continue
         for name in own["attributes"]:
             setattr(callback, name, kept["attributes"][name])
-    return stopped
+        would_again |= not isinstance(callback, EarlyStoppingCallback) or (
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        )
+    return stopped and would_again

@@ -56,6 +56,7 @@ REFUSED = {
     "use_liger_kernel": "its kernels are for language models",
     "debug": "underflow_overflow fails on masks, tpu_metrics_debug is for TPUs",
     "use_cache": "nothing is generated here",
+    "enable_jit_checkpoint": "it saves in the middle of a step; runs resume after a kill without",
     "include_for_metrics": "no metric here looks at more than outputs and labels",
     "bf16_full_eval": "the saved model would be of that precision too",
     "fp16_full_eval": "the saved model would be of that precision too",
@@ -85,7 +86,8 @@ def check_training_arguments(
 
 def check_task_arguments(training: TrainingArguments, config: PretrainedConfig) -> None:
     """Raises UsageError for what has no meaning for a model of this configuration."""
-    check_best_metric(training, metric_names(config))
+    names = ("loss",) if training.prediction_loss_only else metric_names(config)
+    check_best_metric(training, names)
     if is_regression(config) and training.label_smoothing_factor:
         raise UsageError("`label_smoothing_factor` has no meaning in regression")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
+from safetensors.torch import save_file
 from tiny import tiny_config
 from transformers import BartConfig, BartForSequenceClassification, BertForSequenceClassification
 from transformers.utils.import_utils import is_bitsandbytes_available, is_galore_torch_available
@@ -412,6 +413,24 @@ IGNORED = {
 }
 # Flags of the data, for finetune and distill.
 DATA = {
+    "two to evaluate on": (
+        VALIDATION | {"--validation_split": "0.3"},
+        "`validation_split` can't be given beside `validation_file`",
+    ),
+    "row of no class": (
+        {"--train_file": "FOLDER/unlabelled.parquet"},
+        "`train_file` row 1 has the label '-1', which the model does not know",
+    ),
+    "accuracy of no outputs": (
+        VALIDATION
+        | {"--prediction_loss_only": "True", "--load_best_model_at_end": "True"}
+        | {"--metric_for_best_model": "accuracy"},
+        "`metric_for_best_model` must be one of loss, got 'accuracy'",
+    ),
+    "saved in mid-step": (
+        {"--enable_jit_checkpoint": "True"},
+        "`enable_jit_checkpoint` can't be used: it saves in the middle of a step",
+    ),
     "no train file": ({"--train_file": None}, "exactly one of `train_file` and `dataset_name`"),
     "two sources": ({"--dataset_name": "glue"}, "exactly one of `train_file` and `dataset_name`"),
     "missing validation file": ({"--validation_file": "no.csv"}, "`validation_file` must be an"),
@@ -447,6 +466,18 @@ DATA = {
 }
 
 FINETUNE = {
+    "weights of other sizes": (
+        {"--model_name_or_path": "FOLDER/resized"},
+        "`model_name_or_path` must hold the weights of its layers,",
+    ),
+    "weights of another model": (
+        {"--model_name_or_path": "FOLDER/foreign"},
+        "or none, of bert.embeddings.LayerNorm.bias, bert.embeddings.LayerNorm.weight, bert.",
+    ),
+    "one named class": (
+        {"--train_file": "FOLDER/one-name.parquet"},
+        "`train_file` must hold at least 2 different labels, got ['positive']",
+    ),
     "no model": ({"--model_name_or_path": "FOLDER/empty"}, "`model_name_or_path` must be a model"),
     "no folder": (
         {"--model_name_or_path": "./no"},
@@ -505,6 +536,14 @@ FINETUNE = {
 }
 
 DISTILL = {
+    "a student of other sizes": (
+        {"--student_layers": None, "--student": "FOLDER/resized"},
+        "`student` must hold the weights of its layers,",
+    ),
+    "a student of other weights": (
+        {"--student_layers": None, "--student": "FOLDER/foreign"},
+        "`student` must hold the weights of its layers,",
+    ),
     "no model": ({"--teacher": "FOLDER/empty"}, "`teacher` must be a model"),
     "no folder": ({"--teacher": "./nowhere"}, "`teacher` must be a model's folder or hub name"),
     "bad model file": ({"--teacher": "FOLDER/garbled"}, "`teacher` can't be loaded from"),
@@ -617,6 +656,10 @@ DISTILL = {
 }
 
 EVALUATE = {
+    "row of no class": (
+        {"--test_file": "FOLDER/unlabelled.parquet"},
+        "`test_file` row 1 has the label '-1', which the model does not know",
+    ),
     "no model given": ({"--model_name_or_path": None}, "--model_name_or_path"),
     "no test file given": ({"--test_file": None}, "--test_file"),
     "no model": ({"--model_name_or_path": "FOLDER/empty"}, "`model_name_or_path` must be a model"),
@@ -692,12 +735,14 @@ def broken(folder, tmp_path_factory):
 
 def _write_models(path: Path) -> None:
     (path / "empty").mkdir()
-    for name in ("garbled", "mute", "finetuned", "pickle", "misfit"):
+    for name in ("garbled", "mute", "finetuned", "pickle", "misfit", "resized", "foreign"):
         shutil.copytree(path / "teacher", path / name)
     (path / "garbled" / "model.safetensors").write_bytes(b"no tensors at all")
     config = json.loads((path / "teacher" / "config.json").read_text())
     names = {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     (path / "misfit" / "config.json").write_text(json.dumps(config | names))
+    (path / "resized" / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    save_file({"other": torch.ones(2)}, path / "foreign" / "model.safetensors", {"format": "pt"})
     for file in (path / "mute").glob("tokenizer*"):
         file.unlink()
     (path / "finetuned" / "trainer_state.json").write_text("{}")
@@ -770,6 +815,13 @@ def _write_files(path: Path) -> None:
     Dataset.from_dict({"text": ["w1", "w2"], "label": [0.5, float("nan")]}).to_parquet(
         path / "nan.parquet"
     )
+    for name, names, labels in (
+        ("unlabelled", ["negative", "positive"], [0, -1]),
+        ("one-name", ["positive"], [0, 0]),
+    ):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        rows = {"text": ["w1", "w2"], "label": labels}
+        Dataset.from_dict(rows, features).to_parquet(path / f"{name}.parquet")
 
 
 @pytest.mark.parametrize("name", CASES)

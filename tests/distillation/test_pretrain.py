@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import (
     MASKED_VOCABULARY,
     make_masking_tokenizer,
@@ -184,6 +184,14 @@ def test_student_from_another_checkpoint_of_another_width(corpus, tmp_path):
 
 
 ERRORS = {
+    "weights of another model": (
+        {"--teacher": None, "--student_layers": None, "--student": "FOLDER/foreign"},
+        "`student` must hold the weights of its layers,",
+    ),
+    "no whole batch": (
+        {"--dataloader_drop_last": True, "--per_device_train_batch_size": 64},
+        "`dataloader_drop_last` leaves nothing of 40 examples in batches of 64",
+    ),
     "no student": ({"--student_layers": None}, "exactly one of `student_layers` and `student`"),
     "two students": ({"--student": "FOLDER/mlm"}, "exactly one of `student_layers` and `student`"),
     "layers of nothing": ({"--teacher": None}, "`student_layers` needs `teacher`"),
@@ -273,6 +281,8 @@ def broken(corpus, tmp_path_factory):
     for name, size in (("small", 44), ("large", 60)):
         BertForMaskedLM(tiny_config(vocab_size=size)).save_pretrained(path / name)
         make_masking_tokenizer().save_pretrained(path / name)
+    shutil.copytree(corpus / "mlm", path / "foreign")
+    save_file({"other": torch.ones(2)}, path / "foreign" / "model.safetensors", {"format": "pt"})
     (path / "mlm" / "config.xml").write_text("<a/>")
     (path / "numbers.csv").write_text("text\n1\n2\n")
     (path / "blank.txt").write_text("\n  \n")

@@ -1,5 +1,7 @@
 """codir-fast study: runs are made once and told apart; tables follow from the lines."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,6 +84,34 @@ def test_runs_are_made_once_and_reported(study, tmp_path, capsys):
     ]
 
 
+def test_texts_are_read_alike_by_runs_and_judges(study, tmp_path):
+    """Columns and length of the `settings` hold for the evaluation, and for the teacher's logits,
+    which are made again where they change.
+    """
+    for name in ("train_file", "validation_file", "test_file"):
+        lines = Path(study[name]).read_text().splitlines()[1:]
+        rows = [line.rsplit(",", 1) for line in lines]
+        path = tmp_path / f"{name}.csv"
+        path.write_text("\n".join(["review,y", *(",".join(row) for row in rows)]) + "\n")
+        study[name] = str(path)
+    study["settings"] |= {"text_column": "review", "label_column": "y"}
+    study["seeds"] = [10]
+    assert main(command(study, tmp_path, "--arms", "ce_kd")) == 0
+    (first,) = (tmp_path / "out" / "logits").glob("teacher-*.safetensors")
+    study["settings"] |= {"max_seq_length": 4}
+    assert main(command(study, tmp_path, "--arms", "ce_kd")) == 0
+    (other,) = {*(tmp_path / "out" / "logits").glob("teacher-*.safetensors")} - {first}
+    assert not torch.equal(load_file(first)["test"], load_file(other)["test"])
+
+
+def test_a_line_that_is_no_json_is_named(study, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "runs.jsonl").write_text("{}}\n")
+    assert main(command(study, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "runs.jsonl is no JSON" in error and "line 1" in error
+
+
 def test_trials_and_jobs(study, tmp_path, capsys):
     assert main(command(study, tmp_path, "--trials", "--jobs", "2")) == 0
     lines = read_lines(tmp_path / "out" / "trials.jsonl")
@@ -98,6 +128,15 @@ ERRORS = {
     "reference": ({"reference": "x"}, "`reference` must be an arm, ['ce_kd', 'paper'], got 'x'"),
     "arms": ({"arms": ["x"]}, "`arms` must be a mapping"),
     "trial regime": ({"trial_regime": "x"}, "`trial_regime` must be a regime, ['few'], got 'x'"),
+    "arm": ({"arms": {"ce_kd": None}}, "`arms` must hold mappings of settings, 'ce_kd' is None"),
+    "regime": ({"regimes": {"few": 3}}, "`regimes` must hold mappings of settings, 'few' is 3"),
+    "tried": ({"trials": {"paper": [1]}}, "`trials` must hold mappings of settings, 0 is 1"),
+    "trials": ({"trials": {"paper": {}}}, "`trials` must hold lists, 'paper' is {}"),
+    "number for a teacher": ({"teacher": 5}, "`teacher` must be a path, got 5"),
+    "texts of an arm": (
+        {"arms": {"ce_kd": {"max_seq_length": 4}}},
+        "`max_seq_length` must be in the `settings` of all runs",
+    ),
     "seeds": ({"seeds": ["x"]}, "`seeds` must be a list of integers"),
     "seeds of trials": (
         {"trial_seeds": [11]},

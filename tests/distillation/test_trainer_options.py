@@ -10,7 +10,7 @@ import torch
 import transformers
 from test_trainer import assert_same_state, make_trainer
 
-from codir_fast import DistillationConfig
+from codir_fast import DistillationConfig, DistillationModel
 from codir_fast.cli import main
 from codir_fast.distillation.trainer import DistillationTrainer
 
@@ -100,6 +100,87 @@ def test_threshold_is_the_least_change_that_counts(folder, tmp_path):
         losses = [row["eval_loss"] for row in history if "eval_loss" in row][:epochs]
         assert losses == sorted(losses, reverse=True)
         assert history[-1]["epoch"] == epochs
+
+
+def test_run_that_had_stopped_goes_on_where_nothing_would_stop_it(folder, tmp_path):
+    flags = [*BEST, "--num_train_epochs", "4"]
+    assert run("distill", folder, tmp_path, *flags, "--early_stopping_patience", "1") == 0
+    assert log_of(tmp_path)[-1]["epoch"] == 2
+    resume = ["--resume_from_checkpoint", "True"]
+    assert run("distill", folder, tmp_path, *flags, *resume) == 0
+    assert log_of(tmp_path)[-1]["epoch"] == 4
+
+
+@pytest.mark.parametrize("size", ["16", "64"])
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_an_evaluation_leaves_nothing_out(command, size, folder, tmp_path, monkeypatch):
+    """dataloader_drop_last is of training; the features are standardised over all examples."""
+    fitted, seen = DistillationModel.fit_features, []
+
+    def count(self, batches):
+        batches = list(batches)
+        seen.append(sum(len(batch["labels"]) for batch in batches))
+        fitted(self, batches)
+
+    monkeypatch.setattr(DistillationModel, "fit_features", count)
+    flags = ["--dataloader_drop_last", "True", "--per_device_eval_batch_size", size]
+    more = ["--preset", "fidelity"] if command == "distill" else []
+    assert run(command, folder, tmp_path, *flags, *more) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["eval_accuracy"] * 20 == pytest.approx(round(metrics["eval_accuracy"] * 20))
+    assert metrics["eval_samples_per_second"] * metrics["eval_runtime"] == pytest.approx(
+        20, rel=0.05
+    )
+    assert seen == [48] * (command == "distill")
+
+
+def test_persistent_workers_evaluate_on_the_validation_file(folder, tmp_path):
+    """Features are fitted on the training examples before, with workers of their own."""
+    kept = []
+    for workers in ("0", "1"):
+        flags = ["--preset", "fidelity", "--dataloader_num_workers", workers]
+        if workers == "1":
+            flags += ["--dataloader_persistent_workers", "True"]
+            flags += ["--dataloader_multiprocessing_context", "fork"]
+        output = tmp_path / workers
+        assert run("distill", folder, output, *flags) == 0
+        metrics = json.loads((output / "metrics.json").read_text())
+        kept.append({name: metrics[name] for name in ("eval_loss", "eval_accuracy")})
+    assert kept[0] == pytest.approx(kept[1], rel=1e-5)
+
+
+def test_terms_are_summed_in_the_order_of_the_model(folder, tmp_path):
+    """Ranks add them up by place, and a set's order differs between processes."""
+    config = DistillationConfig(projection_dim=8, pkd_weight=0.5)
+    trainer = make_trainer(folder, tmp_path, config=config)
+    model, batch = trainer.model.train(), next(iter(trainer.get_train_dataloader()))
+    _, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    terms = [name for name in outputs if name not in ("loss", "logits")]
+    assert list(trainer._sums) == terms and set(terms) == {"ce", "kd", "codir", "pkd"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--pooling", "max"], "`pooling` was mean, and is max now"),
+        (["--layer_mapping", "1:1,2:3"], "`layer_mapping` was uniform, and is 1:1,2:3 now"),
+        (["--standardize_features", "True"], "`standardize_features` was False, and is True now"),
+    ],
+)
+def test_resume_with_other_features_is_refused(changed, message, folder, tmp_path, capsys):
+    assert run("distill", folder, tmp_path) == 0
+    resume = ["--num_train_epochs", "2", "--resume_from_checkpoint", "True", *changed]
+    assert run("distill", folder, tmp_path, *resume) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_rebalanced_batches_are_drawn_by_the_seed(folder, tmp_path):
+    orders = []
+    for seed in (1, 1, 2):
+        options = {"train_sampling_strategy": "batch_rebalance", "data_seed": seed}
+        trainer = make_trainer(folder, tmp_path, **options)
+        orders.append([batch["index"].tolist() for batch in trainer.get_train_dataloader()])
+    assert orders[0] == orders[1] != orders[2]
 
 
 @pytest.mark.parametrize(("first", "epochs"), [(["--early_stopping_patience", "3"], 4), ([], 5)])
