@@ -73,7 +73,7 @@ class SourceArguments:
         default=None, metadata={"help": "The part of that data set, where it has several."}
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only so many training examples, from the start."}
+        default=None, metadata={"help": "Use only so many training examples, the first ones."}
     )
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from codir_fast.distillation.data import (
     tokenize,
 )
 from codir_fast.distillation.early_stopping import StoppingArguments
+from codir_fast.distillation.ignored_flags import check_ignored_terms
 from codir_fast.distillation.labels import read_labels
 from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import (
@@ -104,6 +105,7 @@ def read_flags(arguments: list[str]) -> tuple[Any, ...]:
     data.check_training()
     stopping.check(training)
     check_training_arguments(training, args.given_flags(arguments))
+    check_ignored_terms(config, args.given_flags(arguments))
     with args.usage_errors("distill"):
         check_arguments(training)
     return models, config, data, stopping, output, training

@@ -59,6 +59,35 @@ def check_ignored_flags(
                 raise UsageError(f"`{name}` needs {needed}")
 
 
+# Flags of the contrastive term alone, in either stage.
+OF_CONTRAST = (
+    *("projection_dim", "temperature", "objective", "num_negatives", "both_sides"),
+    *("contrast_layers", "standardize_features", "head_init", "train_heads", "bank_init"),
+    *("positive", "negatives", "label_bins", "bank_momentum", "queue_size"),
+)
+
+
+def check_ignored_terms(config: Any, given: Mapping[str, str]) -> None:
+    """Refuses flags of terms whose weight is 0.
+
+    Args:
+        config: DistillationConfig or PretrainingConfig.
+        given: as for check_ignored_flags.
+
+    Raises:
+        UsageError: one of them has no effect in this run.
+    """
+    contrast, layers = config.codir_weight > 0, config.codir_weight > 0 or config.pkd_weight > 0
+    for names, is_met, needed in (
+        (OF_CONTRAST, contrast, "`codir_weight` > 0"),
+        (("pooling",), layers, "`codir_weight` > 0 or `pkd_weight` > 0"),
+        (("kd_temperature",), config.kd_weight > 0, "`kd_weight` > 0"),
+    ):
+        for name in names:
+            if {name, f"no_{name}"} & given.keys() and not is_met:
+                raise UsageError(f"`{name}` needs {needed}")
+
+
 def _own_name(flag: str) -> str:
     """That of the field: --no_NAME turns a switch off, gradient_checkpointing is an older name."""
     name = flag.removeprefix("no_")

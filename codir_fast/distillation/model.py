@@ -94,7 +94,8 @@ class DistillationModel(TeacherStudent):
         teacher_logits: Tensor | None = None,
         teacher_features: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Loss, logits and, in training, each term that has a weight: ce, kd, codir, pkd.
+        """Loss, logits and, in training, each term that has a weight: ce, kd (whenever the teacher
+        runs), codir, pkd.
 
         Args:
             input_ids, attention_mask, token_type_ids: (B, T), as the tokenizer gives them.

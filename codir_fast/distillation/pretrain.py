@@ -15,7 +15,7 @@ from codir_fast.distillation import arguments as args
 from codir_fast.distillation.config import PretrainingConfig
 from codir_fast.distillation.data import check_batches, check_evaluation, tokenize_texts
 from codir_fast.distillation.early_stopping import StoppingArguments
-from codir_fast.distillation.ignored_flags import is_off
+from codir_fast.distillation.ignored_flags import check_ignored_terms, is_off
 from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import load_masked_lm, load_tokenizer, load_trained_masked_lm
 from codir_fast.distillation.masked_lm import PretrainingModel
@@ -82,6 +82,7 @@ def run(arguments: list[str]) -> int:
     given = args.given_flags(arguments)
     data.check_stream(training, given)
     check_training_arguments(training, given, has_metrics=False)
+    check_ignored_terms(config, given)
     check_best_metric(training, ("loss", "perplexity"))
     stopping.check(training)
     with args.usage_errors("pretrain"):

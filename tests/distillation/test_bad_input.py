@@ -536,6 +536,22 @@ FINETUNE = {
 }
 
 DISTILL = {
+    "temperature of nothing": (
+        {"--codir_weight": "0", "--temperature": "0.5"},
+        "`temperature` needs `codir_weight` > 0",
+    ),
+    "switch of nothing": (
+        {"--codir_weight": "0", "--both_sides": "True"},
+        "`both_sides` needs `codir_weight` > 0",
+    ),
+    "pooling of nothing": (
+        {"--codir_weight": "0", "--pooling": "max"},
+        "`pooling` needs `codir_weight` > 0 or `pkd_weight` > 0",
+    ),
+    "kd temperature of nothing": (
+        {"--kd_weight": "0", "--kd_temperature": "9"},
+        "`kd_temperature` needs `kd_weight` > 0",
+    ),
     "a student of other sizes": (
         {"--student_layers": None, "--student": "FOLDER/resized"},
         "`student` must hold the weights of its layers,",

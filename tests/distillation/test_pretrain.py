@@ -188,6 +188,11 @@ ERRORS = {
         {"--teacher": None, "--student_layers": None, "--student": "FOLDER/foreign"},
         "`student` must hold the weights of its layers,",
     ),
+    "queue of nothing": (
+        {"--teacher": None, "--student_layers": None, "--student": "FOLDER/mlm"}
+        | {"--queue_size": 5},
+        "`queue_size` needs `codir_weight` > 0",
+    ),
     "no whole batch": (
         {"--dataloader_drop_last": True, "--per_device_train_batch_size": 64},
         "`dataloader_drop_last` leaves nothing of 40 examples in batches of 64",
