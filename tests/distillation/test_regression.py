@@ -3,7 +3,6 @@
 import csv
 import json
 import random
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -19,7 +18,7 @@ from codir_fast.distillation.data import read_file
 from codir_fast.distillation.metrics import RegressionScores, output_scores, pearson
 from codir_fast.distillation.objectives import middle_ranks, quantile_bins
 from codir_fast.distillation.student import student_from_teacher
-from codir_fast.distillation.study import classify
+from codir_fast.distillation.study import Study, classify
 from codir_fast.errors import UsageError
 
 FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
@@ -216,9 +215,12 @@ def test_resumed_run_is_bit_equal(scored, tmp_path):
 
 
 def test_study_is_of_classifiers(scored):
-    study = SimpleNamespace(settings={}, validation_file=str(scored / "validation.csv"))
+    names = ("train_file", "validation_file", "test_file")
+    files = dict.fromkeys(names, str(scored / "validation.csv"))
+    teacher = str(scored / "teacher")
+    study = Study(teacher, **files, reference="a", regimes={}, arms={"a": {}}, seeds=[])
     with pytest.raises(UsageError, match="must be a classifier"):
-        classify(str(scored / "teacher"), study, "validation")
+        classify(teacher, study, "validation")
 
 
 def scorer(**changes):
