@@ -90,7 +90,8 @@ def distill(exact, output, processes, *, teacher="teacher", train="train.csv", *
         "disable_tqdm": True,
         "report_to": "none",
     }
-    return ["distill", *flags(**(defaults | given))]
+    chosen = {name: value for name, value in (defaults | given).items() if value is not None}
+    return ["distill", *flags(**chosen)]
 
 
 def pretrain(exact, output, processes, **given):
@@ -123,7 +124,7 @@ SETTINGS = {
     },
     "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     "no search for unused parameters": {"ddp_find_unused_parameters": False},
-    "PKD alone": {"codir_weight": 0, "pkd_weight": 5},
+    "PKD alone": {"codir_weight": 0, "pkd_weight": 5, "projection_dim": None},
     "regression": {"teacher": "regression", "train": "numbers.csv"},
 }
 
