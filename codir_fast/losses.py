@@ -138,11 +138,12 @@ class ContrastiveLoss(nn.Module):
 
     def _partition(self, vectors: tuple[Any, ...], options: dict[str, Any]) -> Tensor | None:
         """log Z, kept for good at the first batch in training; None: the batch's own, not kept."""
-        may_look = _may_look(self.log_partition)
-        if may_look and not self._log_partition_known:
-            # Others write buffers, too: DistributedDataParallel, an average of models.
-            self._log_partition_known = not bool(self.log_partition.isnan())
         if self._log_partition_known:
+            return self.log_partition
+        may_look = _may_look(self.log_partition)
+        if may_look and not self.log_partition.isnan():
+            # Others write buffers, too: DistributedDataParallel, an average of models.
+            self._log_partition_known = True
             return self.log_partition
         estimate = estimate_log_partition(*vectors, **options)
         is_alone = self._ranks is None

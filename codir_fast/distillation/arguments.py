@@ -219,13 +219,17 @@ def given_flags(arguments: list[str]) -> dict[str, str]:
     return given
 
 
-_ZEROS = ("0", "0.", "0.0")
+def _is_more_than_0(given: dict[str, str], name: str) -> bool:
+    try:
+        return float(given.get(name, 0)) > 0
+    except ValueError:  # told when flags are read
+        return False
 
 
 def training_defaults(arguments: list[str]) -> dict[str, Any]:
     """What a user of a small classification set expects, where TrainingArguments differ."""
     given = given_flags(arguments)
-    validates = "validation_file" in given or given.get("validation_split", "0") not in _ZEROS
+    validates = "validation_file" in given or _is_more_than_0(given, "validation_split")
     # Trainer takes every metric whose name does not end in loss for one that should be large.
     is_error = given.get("metric_for_best_model", "").endswith(("mse", "perplexity"))
     return {

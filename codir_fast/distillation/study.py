@@ -11,19 +11,17 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from codir_fast.distillation import distill
-from codir_fast.distillation.arguments import TextArguments
 from codir_fast.distillation.data import (
     read_file,
     select_columns,
@@ -34,103 +32,12 @@ from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import load_tokenizer, load_trained_classifier
 from codir_fast.distillation.objectives import is_regression
 from codir_fast.distillation.scores import calibrated_scores, predict
+from codir_fast.distillation.study_plan import Run, Study, read_study, runs_of, trials_of
 from codir_fast.distillation.study_report import write_report
 from codir_fast.errors import UsageError
 
 RUNS, TRIALS, LOGITS, WORK = "runs.jsonl", "trials.jsonl", "logits", "work"
 SPLITS = ("validation", "test")
-OF_TEXTS = {field.name for field in fields(TextArguments)}
-
-
-@dataclass
-class Study:
-    """What the file of a study says. Settings are flags of `codir-fast distill`, without dashes.
-
-    Args:
-        teacher: folder of the fine-tuned classifier.
-        train_file, validation_file, test_file: labelled texts. Settings are chosen, and
-            temperatures fitted, on the validation file; what is reported is of the test file.
-        reference: the arm that differences are taken to.
-        settings: of all runs.
-        regimes: name -> settings, such as the number of examples and epochs.
-        arms: name -> settings, as they were chosen.
-        seeds: of the runs.
-        trials: arm -> settings to try, each with all of `trial_seeds` in `trial_regime`.
-    """
-
-    teacher: str
-    train_file: str
-    validation_file: str
-    test_file: str
-    reference: str
-    regimes: dict[str, dict[str, Any]]
-    arms: dict[str, dict[str, Any]]
-    seeds: list[int]
-    settings: dict[str, Any] = field(default_factory=dict)
-    trials: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    trial_seeds: list[int] = field(default_factory=list)
-    trial_regime: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("regimes", "arms", "settings", "trials"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"`{name}` must be a mapping, got {getattr(self, name)!r}")
-        for name in ("teacher", "train_file", "validation_file", "test_file"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"`{name}` must be a path, got {getattr(self, name)!r}")
-        groups: list[tuple[str, dict[Any, Any]]] = [("regimes", self.regimes), ("arms", self.arms)]
-        groups += [("trials", dict(enumerate(tried))) for tried in self._tried()]
-        for name, group in groups:
-            for key, settings in group.items():
-                if not isinstance(settings, dict):
-                    raise ValueError(
-                        f"`{name}` must hold mappings of settings, {key!r} is {settings!r}"
-                    )
-                if shared := sorted(OF_TEXTS & settings.keys()):
-                    raise ValueError(
-                        f"`{shared[0]}` must be in the `settings` of all runs, which are judged on "
-                        f"the same texts, not of {key!r} in `{name}`"
-                    )
-        if self.reference not in self.arms:
-            raise ValueError(
-                f"`reference` must be an arm, {list(self.arms)}, got {self.reference!r}"
-            )
-        if self.trials and self.trial_regime not in self.regimes:
-            raise ValueError(
-                f"`trial_regime` must be a regime, {list(self.regimes)}, got {self.trial_regime!r}"
-            )
-        for seeds in (self.seeds, self.trial_seeds):
-            if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
-                raise ValueError(f"`seeds` must be a list of integers, got {seeds!r}")
-        if set(self.seeds) & set(self.trial_seeds):
-            raise ValueError("`seeds` and `trial_seeds` must have none in common")
-        self.texts()
-
-    def _tried(self) -> Iterator[list[Any]]:
-        for arm, tried in self.trials.items():
-            if not isinstance(tried, list):
-                raise ValueError(f"`trials` must hold lists, {arm!r} is {tried!r}")
-            yield tried
-
-    def texts(self) -> TextArguments:
-        """How texts are read, by runs and when they are judged."""
-        given = {name: self.settings[name] for name in OF_TEXTS & self.settings.keys()}
-        return TextArguments(**given)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One distillation: flags of distill, and what the line about it says of it."""
-
-    arm: str
-    regime: str
-    seed: int
-    settings: dict[str, Any]
-
-    def key(self, inputs: str) -> str:
-        """Tells runs apart by settings, seed and the contents of the files they read."""
-        text = json.dumps([self.settings, self.seed, inputs], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def run(arguments: list[str]) -> int:
@@ -140,7 +47,7 @@ def run(arguments: list[str]) -> int:
     _check_names("regimes", options.regimes, study.regimes)
     _check_names("arms", options.arms, study.arms)
     _check_names("reference", [options.reference or study.reference], study.arms)
-    tasks = _trials(study) if options.trials else _runs(study, options.regimes or study.regimes)
+    tasks = trials_of(study) if options.trials else runs_of(study, options.regimes or study.regimes)
     wanted = [task for task in tasks if not options.arms or task.arm in options.arms]
     output = Path(options.output_dir)
     _check(study, wanted, output)
@@ -178,46 +85,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def read_study(path: str) -> Study:
-    """The study in a YAML file.
-
-    Raises:
-        UsageError: no such file, no YAML, or settings that are missing, unknown or of no sense.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"study: {path} can't be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"study: {path} must hold a mapping, got {type(content).__name__}")
-    try:
-        return Study(**content)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"study: {path}: {error}") from error
-
-
 def _check_names(flag: str, names: list[str], known: Iterable[str]) -> None:
     for unknown in set(names) - set(known):
         raise UsageError(f"study: `{flag}` must be of {list(known)}, got {unknown!r}")
-
-
-def _runs(study: Study, regimes: Iterable[str]) -> Iterator[Run]:
-    """Seed by seed, so that arms can be compared early."""
-    for regime in regimes:
-        for seed in study.seeds:
-            for arm, settings in study.arms.items():
-                yield _task(study, arm, regime, seed, settings)
-
-
-def _trials(study: Study) -> Iterator[Run]:
-    for seed in study.trial_seeds:
-        for arm, trials in study.trials.items():
-            for settings in trials:
-                yield _task(study, arm, study.trial_regime, seed, settings)
-
-
-def _task(study: Study, arm: str, regime: str, seed: int, settings: dict[str, Any]) -> Run:
-    return Run(arm, regime, seed, {**study.settings, **study.regimes[regime], **settings})
 
 
 def _check(study: Study, wanted: list[Run], output: Path) -> None:

@@ -4,7 +4,6 @@ the log.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -181,11 +180,11 @@ def load_checkpoint(model: TeacherStudent, directory: Path) -> None:
 def _check_features(model: TeacherStudent, directory: Path) -> None:
     """The rows of its bank are features like those of this run."""
     config = model.distillation_config
-    saved = asdict(type(config).load(directory))
+    saved = type(config).load(directory)
     for name in _OF_FEATURES:
-        now = getattr(config, name, None)
-        if saved.get(name) != now:
-            raise ValueError(f"`{name}` was {saved.get(name)}, and is {now} now")
+        before, now = getattr(saved, name), getattr(config, name)
+        if before != now:
+            raise ValueError(f"`{name}` was {before}, and is {now} now")
 
 
 def _check_labels(model: TeacherStudent, state: dict[str, Tensor]) -> None:

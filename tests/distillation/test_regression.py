@@ -18,7 +18,8 @@ from codir_fast.distillation.data import read_file
 from codir_fast.distillation.metrics import RegressionScores, output_scores, pearson
 from codir_fast.distillation.objectives import middle_ranks, quantile_bins
 from codir_fast.distillation.student import student_from_teacher
-from codir_fast.distillation.study import Study, classify
+from codir_fast.distillation.study import classify
+from codir_fast.distillation.study_plan import Study
 from codir_fast.errors import UsageError
 
 FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
