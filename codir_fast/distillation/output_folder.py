@@ -15,7 +15,7 @@ from codir_fast.distillation.checkpoint import (
     last_whole_checkpoint,
     whole_checkpoint,
 )
-from codir_fast.distillation.processes import keep_timeout, wait_for_all
+from codir_fast.distillation.processes import keep_timeout, telling_of_loss, wait_for_all
 from codir_fast.distillation.run_settings import RUN_FILE
 from codir_fast.errors import UsageError
 
@@ -34,16 +34,18 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
     if not training.output_dir:
         raise UsageError("`output_dir` must be given")
     directory = Path(training.output_dir)
-    if training.should_save:  # one process of several
-        _check_writable(directory)
+    keep_timeout(training)
     used = directory.is_dir() and not all(map(_is_of_a_start, directory.iterdir()))
     if used and not (output.overwrite_output_dir or resumes(training)):
         raise UsageError(
             f"`output_dir` must be empty, {directory} is not; give --overwrite_output_dir to write "
             "into it or --resume_from_checkpoint to go on"
         )
-    keep_timeout(training)
-    wait_for_all(training)  # else another process may see what the first one writes next
+    with telling_of_loss(training):
+        wait_for_all(training)  # else another process may see what the first one writes below
+        if training.should_save:
+            _check_writable(directory)
+        wait_for_all(training)  # the others end here where the first one may not write
 
 
 def _is_of_a_start(path: Path) -> bool:

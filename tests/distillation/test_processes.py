@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from tempfile import NamedTemporaryFile
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ from tiny import (
 from transformers import BertForMaskedLM, BertForSequenceClassification, TrainingArguments
 
 from codir_fast import DistillationConfig, DistillationModel
+from codir_fast.distillation import output_folder
 from codir_fast.distillation.checkpoint import checkpoints
+from codir_fast.distillation.output_folder import OutputArguments
 from codir_fast.distillation.processes import telling_of_loss
 from codir_fast.distillation.student import student_from_teacher
 from codir_fast.distillation.trainer import check_arguments, check_banks
@@ -260,6 +263,25 @@ def test_errors_of_connections_are_known(tmp_path, processes, error, as_lost):
     with pytest.raises(RuntimeError, match=re.escape(error)) as raised, telling_of_loss(training):
         raise RuntimeError(error)
     assert isinstance(raised.value, LostProcess) == as_lost
+
+
+def test_no_process_writes_before_all_have_looked(tmp_path, monkeypatch):
+    """One that lists the folder while another makes and removes it would fail."""
+    output, seen = tmp_path / "two", []
+
+    def wait(training):
+        seen.append(output.stat().st_mtime_ns if output.exists() else None)
+
+    monkeypatch.setattr(output_folder, "wait_for_all", wait)
+    training = TrainingArguments(str(output), use_cpu=True)
+    output_folder.check_output(training, OutputArguments())
+    output.mkdir()
+    before = output.stat().st_mtime_ns
+    monkeypatch.setattr(output_folder, "TemporaryFile", NamedTemporaryFile)
+    output_folder.check_output(training, OutputArguments())
+    assert seen[:3] == [None, None, before]
+    assert seen[3] > before  # the file that was written there, and removed
+    assert not list(output.iterdir())
 
 
 def test_pretraining_fills_one_queue(exact, ranks, tmp_path):
