@@ -21,6 +21,7 @@ from codir_fast.distillation.checkpoint import (
     whole_checkpoint,
     written_checkpoint,
 )
+from codir_fast.distillation.fixed_settings import check_fixed_settings, fixed_settings
 from codir_fast.distillation.loading import load_weights
 from codir_fast.distillation.manifest import DamagedFolder, verify
 from codir_fast.distillation.processes import OwnRandomNumbers, process_group
@@ -158,12 +159,16 @@ class CheckpointedTrainer(Trainer):
         assert self.optimizer is not None and self.lr_scheduler is not None
         scaler = getattr(self.accelerator, "scaler", None)
         tree = {
+            "settings": self._fixed_settings(),
             "parameters": parameters_of(self.optimizer, self._module()),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         save_tree(tree, Path(output_dir) / STATE_FILE)
+
+    def _fixed_settings(self) -> dict[str, Any]:
+        return fixed_settings(self.args, self._train_batch_size, self.train_dataset)
 
     def _save_rng_state(self, output_dir: str) -> None:
         states = [tree_bytes(random_state(self.args.device))]
@@ -198,6 +203,8 @@ class CheckpointedTrainer(Trainer):
             if not path.is_file():
                 raise ValueError(f"it has no {STATE_FILE}, as with --save_only_model")
             tree = load_tree(path)
+            keeps_place = not self.args.ignore_data_skip
+            check_fixed_settings(tree["settings"], self._fixed_settings(), keeps_place=keeps_place)
             expected = parameters_of(self.optimizer, self._module())
             if tree["parameters"] != expected:
                 raise ValueError("its optimizer is that of another model")
@@ -244,6 +251,7 @@ class CheckpointedTrainer(Trainer):
             directory = Path(resume_from_checkpoint)
             saved = read_trainer_state(directory)
             self.state.best_model_checkpoint = best_beside(directory, saved)
+            self.state.compute_steps(self.args, max_steps)  # Trainer would keep the checkpoint's
             with refusing(directory):
                 self._had_stopped = restore_callbacks(self._stateful(), saved)
         return start

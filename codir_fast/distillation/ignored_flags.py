@@ -50,6 +50,8 @@ def check_ignored_flags(
             "`do_eval` False can't be used: a run evaluates where it has something to evaluate on; "
             "leave out `validation_file` and `validation_split`"
         )
+    if training.max_steps > 0 and "num_train_epochs" in given:
+        raise UsageError("`num_train_epochs` can't be given beside `max_steps`, which ends the run")
     if "length_column_name" in given:
         raise UsageError("`length_column_name` can't be used: lengths are those of the tokens")
     written = {_own_name(name) for name in given}

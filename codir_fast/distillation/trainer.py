@@ -24,8 +24,11 @@ from codir_fast.distributed import ignore_shards_in_ddp
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 
 STATE_FILE = "distillation_state.safetensors"
-# What makes the features that heads were trained on and banks hold.
-_OF_FEATURES = ("pooling", "layer_mapping", "contrast_layers", "standardize_features")
+# What makes the features that heads were trained on and banks hold, and what these began as.
+_FIXED = (
+    *("pooling", "layer_mapping", "contrast_layers", "standardize_features"),
+    *("head_init", "bank_init"),
+)
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -178,10 +181,10 @@ def load_checkpoint(model: TeacherStudent, directory: Path) -> None:
 
 
 def _check_features(model: TeacherStudent, directory: Path) -> None:
-    """The rows of its bank are features like those of this run."""
+    """Its heads and the rows of its bank are of features like those of this run."""
     config = model.distillation_config
     saved = type(config).load(directory)
-    for name in _OF_FEATURES:
+    for name in _FIXED:
         before, now = getattr(saved, name), getattr(config, name)
         if before != now:
             raise ValueError(f"`{name}` was {before}, and is {now} now")

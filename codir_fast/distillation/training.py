@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from codir_fast.distillation.arguments import say
@@ -22,7 +22,7 @@ def train_and_save(
     """
     directory = Path(str(training.output_dir))
     if trainer.is_world_process_zero():
-        save_settings(directory, run)
+        trainer.add_callback(_SavedSettings(directory, run))
     with telling_of_loss(training):
         result = trainer.train(resume_from_checkpoint=resume)
         metrics: dict[str, Any] = dict(result.metrics)
@@ -40,3 +40,14 @@ def train_and_save(
         if f"eval_{name}" in metrics:
             say(f"validation {name} {metrics[f'eval_{name}']:.4f}")
     say(f"saved in {directory}")
+
+
+class _SavedSettings(TrainerCallback):
+    """Writes the run's settings before its first step, and not where a checkpoint is refused."""
+
+    def __init__(self, directory: Path, run: dict[str, Any]) -> None:
+        self.directory = directory
+        self.run = run
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        save_settings(self.directory, self.run)

@@ -165,13 +165,51 @@ def test_terms_are_summed_in_the_order_of_the_model(folder, tmp_path):
         (["--pooling", "max"], "`pooling` was mean, and is max now"),
         (["--layer_mapping", "1:1,2:3"], "`layer_mapping` was uniform, and is 1:1,2:3 now"),
         (["--standardize_features", "True"], "`standardize_features` was False, and is True now"),
+        (["--head_init", "equal"], "`head_init` was apart, and is equal now"),
+        (["--bank_init", "random"], "`bank_init` was empty, and is random now"),
+        (["--learning_rate", "0.5"], "`learning_rate` was 0.0001, and is 0.5 now"),
+        (["--adam_beta2", "0.9"], "`adam_beta2` was 0.999, and is 0.9 now"),
+        (["--lr_scheduler_type", "cosine"], "`lr_scheduler_type` was linear, and is cosine now"),
+        (["--seed", "1"], "`seed` was 42, and is 1 now"),
+        (
+            ["--per_device_train_batch_size", "8"],
+            "the batch size of all processes was 16, and is 8 now",
+        ),
+        (
+            ["--gradient_accumulation_steps", "2"],
+            "`gradient_accumulation_steps` was 1, and is 2 now",
+        ),
     ],
 )
-def test_resume_with_other_features_is_refused(changed, message, folder, tmp_path, capsys):
+def test_resume_with_other_settings_is_refused(changed, message, folder, tmp_path, capsys):
     assert run("distill", folder, tmp_path) == 0
+    before = (tmp_path / "run.json").read_bytes()
     resume = ["--num_train_epochs", "2", "--resume_from_checkpoint", "True", *changed]
     assert run("distill", folder, tmp_path, *resume) == 2
     assert message in capsys.readouterr().err
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_resume_with_other_examples_is_refused(folder, tmp_path, capsys):
+    """Without a bank, which would have other rows."""
+    no_bank = ["--codir_weight", "0"]
+    assert run("distill", folder, tmp_path, *no_bank) == 0
+    resume = [*no_bank, "--num_train_epochs", "2", "--resume_from_checkpoint", "True"]
+    assert run("distill", folder, tmp_path, *resume, "--max_train_samples", "20") == 2
+    assert "the number of training examples was " in capsys.readouterr().err
+    # At no place among them, it may.
+    more = ["--max_train_samples", "20", "--ignore_data_skip", "True"]
+    assert run("distill", folder, tmp_path, *resume, *more) == 0
+
+
+def test_resumed_run_saves_and_logs_as_it_is_told_now(folder, tmp_path):
+    first = ["--save_strategy", "steps", "--save_steps", "3", "--logging_steps", "3"]
+    then = ["--save_strategy", "steps", "--save_steps", "5", "--logging_steps", "1"]
+    then += ["--num_train_epochs", "2", "--resume_from_checkpoint", "True"]
+    assert run("distill", folder, tmp_path, *first) == 0
+    assert run("distill", folder, tmp_path, *then) == 0
+    assert (tmp_path / "checkpoint-5").is_dir()
+    assert [line["step"] for line in log_of(tmp_path) if "loss" in line] == [3, 4, 5, 6]
 
 
 def test_rebalanced_batches_are_drawn_by_the_seed(folder, tmp_path):

@@ -1,0 +1,47 @@
+"""Settings of a run that can't change at a checkpoint: they are in its optimizer, or its place among
+the examples depends on them.
+"""
+
+from collections.abc import Sized
+from typing import Any
+
+from transformers import TrainingArguments
+
+OF_OPTIMIZER = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
+    *("optim_args", "lr_scheduler_type", "lr_scheduler_kwargs"),
+)
+OF_ORDER = (
+    *("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"),
+    "gradient_accumulation_steps",
+)
+# Not of TrainingArguments, and in words.
+EXAMPLES, BATCH = "the number of training examples", "the batch size of all processes"
+
+
+def fixed_settings(training: TrainingArguments, batch_size: int, examples: Any) -> dict[str, Any]:
+    """What a checkpoint keeps of them.
+
+    Args:
+        batch_size: examples of one process in a batch.
+        examples: the training set; a stream has no length.
+    """
+    known = training.to_dict()
+    return {
+        **{name: known[name] for name in (*OF_OPTIMIZER, *OF_ORDER)},
+        BATCH: batch_size * training.world_size,
+        EXAMPLES: len(examples) if isinstance(examples, Sized) else None,
+    }
+
+
+def check_fixed_settings(saved: dict[str, Any], own: dict[str, Any], *, keeps_place: bool) -> None:
+    """Raises ValueError where a run would go on with what the checkpoint has, and not what it was
+    given, or at another place among the examples.
+
+    Args:
+        keeps_place: whether the run goes on at the example where the checkpoint was.
+    """
+    for name in (*OF_OPTIMIZER, *((*OF_ORDER, BATCH, EXAMPLES) if keeps_place else ())):
+        if saved[name] != own[name]:
+            shown = name if name in (BATCH, EXAMPLES) else f"`{name}`"
+            raise ValueError(f"{shown} was {saved[name]}, and is {own[name]} now")
