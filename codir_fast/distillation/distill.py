@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from codir_fast.distillation import arguments as args
 from codir_fast.distillation.config import PRESETS, DistillationConfig
@@ -18,9 +18,11 @@ from codir_fast.distillation.data import (
 )
 from codir_fast.distillation.early_stopping import StoppingArguments
 from codir_fast.distillation.ignored_flags import check_ignored_terms
-from codir_fast.distillation.labels import read_labels
+from codir_fast.distillation.labels import class_names, read_labels
 from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import (
+    check_same_words,
+    load_config,
     load_new_classifier,
     load_tokenizer,
     load_trained_classifier,
@@ -127,7 +129,7 @@ def run(arguments: list[str]) -> int:
     labels = read_labels(train, "train_file", teacher.config)
     eval_labels = read_labels(validation, "validation_file", teacher.config) if validation else []
     with args.usage_errors("distill"):
-        student = _student(models, teacher, config)
+        student = _student(models, teacher, tokenizer, config)
         group = process_group(training)
         model = DistillationModel(student, teacher, config, torch.tensor(labels), group)
         if resume is not None:  # Trainer loads it again, after it has made the output folder
@@ -207,11 +209,21 @@ def _preset(arguments: list[str]) -> dict[str, Any]:
 
 
 def _student(
-    models: DistillArguments, teacher: PreTrainedModel, config: DistillationConfig
+    models: DistillArguments,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DistillationConfig,
 ) -> PreTrainedModel:
     if models.student is None:
         assert models.student_layers is not None
         return student_from_teacher(teacher, models.student_layers, config.layer_mapping)
+    check_same_words("student", models.student, tokenizer)
+    classes = class_names(teacher.config)
+    own = class_names(load_config("student", models.student))
+    if own != classes and sorted(own) == sorted(classes):
+        raise UsageError(
+            f"`student` must have the teacher's classes in their order, {classes}, got {own}"
+        )
     student = load_new_classifier(
         "student",
         models.student,

@@ -14,7 +14,11 @@ from codir_fast.distillation import arguments as args
 from codir_fast.distillation.data import read_file, select_columns, tokenize
 from codir_fast.distillation.labels import known_labels, read_labels
 from codir_fast.distillation.lengths import longest_text
-from codir_fast.distillation.loading import load_tokenizer, load_trained_classifier
+from codir_fast.distillation.loading import (
+    check_same_words,
+    load_tokenizer,
+    load_trained_classifier,
+)
 from codir_fast.distillation.metrics import output_scores, teacher_scores
 from codir_fast.distillation.objectives import is_regression, label_loss
 from codir_fast.errors import UsageError
@@ -69,6 +73,7 @@ def measure(options: EvaluateArguments, data: args.TextArguments) -> dict[str, f
     if options.teacher is not None:
         teacher = load_trained_classifier("teacher", options.teacher)
         _check_teacher(model, teacher, options.teacher)
+        check_same_words("teacher", options.teacher, tokenizer)
     sides = [model] if teacher is None else [model, teacher]
     longest = longest_text(data, tokenizer, *sides)
     tokens = tokenize(examples, tokenizer, labels, data.max_seq_length, longest)

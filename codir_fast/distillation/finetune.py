@@ -17,9 +17,9 @@ from codir_fast.distillation.data import (
     tokenize,
 )
 from codir_fast.distillation.early_stopping import StoppingArguments
-from codir_fast.distillation.labels import new_classifier, read_labels
+from codir_fast.distillation.labels import class_names, new_classifier, read_labels
 from codir_fast.distillation.lengths import longest_text
-from codir_fast.distillation.loading import load_new_classifier, load_tokenizer
+from codir_fast.distillation.loading import load_config, load_new_classifier, load_tokenizer
 from codir_fast.distillation.metrics import metrics_for
 from codir_fast.distillation.objectives import CLASSIFICATION, REGRESSION
 from codir_fast.distillation.output_folder import (
@@ -79,7 +79,8 @@ def run(arguments: list[str]) -> int:
     train, validation = load_examples(data, training.seed)
     check_evaluation(training, validation)
     check_batches(training, train)
-    outputs = new_classifier(train, model_args.problem_type)
+    known = class_names(load_config("model_name_or_path", name))
+    outputs = new_classifier(train, model_args.problem_type, known)
     config = PretrainedConfig(**outputs)
     check_task_arguments(training, config)
     given = [(train, read_labels(train, "train_file", config))]

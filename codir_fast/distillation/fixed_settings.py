@@ -1,5 +1,5 @@
-"""Settings of a run that can't change at a checkpoint: they are in its optimizer, or its place among
-the examples depends on them.
+"""Settings that can't change at a checkpoint: they are in its optimizer, or its place among the
+examples depends on them.
 """
 
 from collections.abc import Sized

@@ -31,9 +31,15 @@ def check_label_column(examples: Dataset, name: str) -> None:
             )
 
 
-def new_classifier(examples: Dataset, problem_type: str | None) -> dict[str, Any]:
+def new_classifier(
+    examples: Dataset, problem_type: str | None, known: Sequence[str] = ()
+) -> dict[str, Any]:
     """What a new model's configuration says of its outputs: as many as the examples have classes,
     with their names, or one number. Without `problem_type`, float labels mean regression.
+
+    Args:
+        known: classes that the checkpoint's classifier has; where they are those of the examples,
+            they keep their order.
     """
     if problem_type is None:
         floats = any(isinstance(label, float) for label in examples["label"])
@@ -42,6 +48,8 @@ def new_classifier(examples: Dataset, problem_type: str | None) -> dict[str, Any
         return {"problem_type": REGRESSION, "num_labels": 1}
     _check_no_floats(examples, "train_file")
     names = label_names(examples)
+    if sorted(names) == sorted(known):
+        names = list(known)
     return {
         "problem_type": CLASSIFICATION,
         "num_labels": len(names),
@@ -65,6 +73,12 @@ def label_names(examples: Dataset) -> list[str]:
 def known_labels(config: PretrainedConfig) -> dict[str, int]:
     """The classes that a model knows, by name."""
     return {str(name): int(number) for name, number in (config.label2id or {}).items()}
+
+
+def class_names(config: PretrainedConfig) -> list[str]:
+    """The same in the order of a model's outputs; without a classifier, transformers' defaults."""
+    known = known_labels(config)
+    return sorted(known, key=known.__getitem__)
 
 
 def read_labels(examples: Dataset, name: str, config: PretrainedConfig) -> Sequence[int | float]:

@@ -6,10 +6,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,6 +28,27 @@ def load_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UsageError(f"`{flag}` must have a tokenizer, {name} has no vocabulary")
     return tokenizer
+
+
+def check_same_words(flag: str, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UsageError where a checkpoint has a tokenizer that numbers tokens in another way than
+    `tokenizer`: its embeddings would be those of other words.
+    """
+    try:
+        own = load_tokenizer(flag, name).get_vocab()
+    except UsageError:  # none, as beside many weights
+        return
+    words = tokenizer.get_vocab()
+    if own != words:
+        word = min(w for w in own.keys() | words.keys() if own.get(w) != words.get(w))
+        raise UsageError(
+            f"`{flag}` must number tokens as {tokenizer.name_or_path} does: {word!r} is "
+            f"{own.get(word)} in {name}, and {words.get(word)} there"
+        )
+
+
+def load_config(flag: str, name: str) -> PretrainedConfig:
+    return _load(flag, name, AutoConfig)
 
 
 def load_classifier(flag: str, name: str, **options: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
 )
@@ -17,7 +18,12 @@ from codir_fast.distillation.data import check_batches, check_evaluation, tokeni
 from codir_fast.distillation.early_stopping import StoppingArguments
 from codir_fast.distillation.ignored_flags import check_ignored_terms, is_off
 from codir_fast.distillation.lengths import longest_text
-from codir_fast.distillation.loading import load_masked_lm, load_tokenizer, load_trained_masked_lm
+from codir_fast.distillation.loading import (
+    check_same_words,
+    load_masked_lm,
+    load_tokenizer,
+    load_trained_masked_lm,
+)
 from codir_fast.distillation.masked_lm import PretrainingModel
 from codir_fast.distillation.masked_lm_trainer import PretrainingTrainer
 from codir_fast.distillation.output_folder import (
@@ -95,7 +101,7 @@ def run(arguments: list[str]) -> int:
     tokenizer = load_tokenizer(flag, getattr(models, flag))
     if tokenizer.mask_token is None:
         raise UsageError(f"`{flag}` must have a tokenizer with a mask token")
-    student, teacher = _student_and_teacher(models, config)
+    student, teacher = _student_and_teacher(models, tokenizer, config)
     with args.usage_errors("pretrain"):
         model = PretrainingModel(student, teacher, config, process_group(training))
         if resume is not None:  # Trainer loads it again, after it has made the output folder
@@ -157,7 +163,7 @@ def _defaults(arguments: list[str]) -> dict[str, Any]:
 
 
 def _student_and_teacher(
-    models: PretrainArguments, config: PretrainingConfig
+    models: PretrainArguments, tokenizer: PreTrainedTokenizerBase, config: PretrainingConfig
 ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     teacher = None
     if models.teacher is not None:
@@ -169,6 +175,8 @@ def _student_and_teacher(
         except ValueError as error:
             raise UsageError(f"pretrain: {error}") from error
         return student, teacher
+    if teacher is not None:
+        check_same_words("student", models.student, tokenizer)
     student, missing = load_masked_lm("student", models.student)
     if missing:
         args.say(f"{models.student} has no head for masked tokens, {', '.join(missing)} are new")

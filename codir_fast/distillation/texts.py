@@ -1,5 +1,6 @@
 """Texts without labels, from files or the hub, as a data set or as a stream."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -106,4 +107,19 @@ def _stream(rows: Any, flag: str, source: str, data: CorpusArguments) -> Iterabl
 def reading_on(data: CorpusArguments) -> Iterator[None]:
     """While a run reads a stream: what is wrong far on in it ends the run in one line."""
     with reading(*data.source(), STREAM_ERRORS) if data.streaming else nullcontext():
-        yield
+        try:
+            yield
+        except Exception as error:
+            if (met := _met_by_worker(error)) is not None:
+                raise met from None
+            raise
+
+
+def _met_by_worker(error: Exception) -> Exception | None:
+    """What a process that loads batches met in a stream, without its traceback."""
+    kinds = {kind.__name__ for kind in (*STREAM_ERRORS, UsageError)}
+    found = re.match(r"Caught (\w+) in DataLoader worker", str(error))
+    if found is None or found[1] not in kinds:
+        return None
+    text = str(error).rpartition(f"{found[1]}: ")[2].strip()
+    return UsageError(text) if found[1] == UsageError.__name__ else ArrowInvalid(text)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import save_file
-from tiny import tiny_config
+from tiny import WORDS, make_tokenizer, tiny_config
 from transformers import BartConfig, BartForSequenceClassification, BertForSequenceClassification
 from transformers.utils.import_utils import is_bitsandbytes_available, is_galore_torch_available
 
@@ -584,6 +584,15 @@ DISTILL = {
         {"--student_layers": None, "--student": "FOLDER/other-words"},
         "`student` must read the teacher's tokens, a vocabulary of 44, got 30",
     ),
+    "student of other words": (
+        {"--student_layers": None, "--student": "FOLDER/reversed"},
+        "teacher does: 'w0' is 43 in ",
+    ),
+    "student with classes in another order": (
+        {"--student_layers": None, "--student": "FOLDER/swapped"},
+        "`student` must have the teacher's classes in their order, ['negative', 'positive'], got "
+        "['positive', 'negative']",
+    ),
     "no student": (
         {"--student_layers": None},
         "exactly one of `student_layers` and `student` must be given",
@@ -690,6 +699,10 @@ EVALUATE = {
         {"--teacher": "FOLDER/other-words"},
         "`teacher` must have the model's vocabulary, 44, but",
     ),
+    "a teacher of other words": (
+        {"--teacher": "FOLDER/reversed"},
+        "`teacher` must number tokens as ",
+    ),
     "several labels at once": (
         {"--model_name_or_path": "FOLDER/multi-label"},
         "`model_name_or_path` must be a model of single_label_classification",
@@ -777,6 +790,12 @@ def _write_models(path: Path) -> None:
         shutil.copy(path / "teacher" / "tokenizer.json", path / name)
         shutil.copy(path / "teacher" / "tokenizer_config.json", path / name)
         BertForSequenceClassification(tiny_config(**changes)).save_pretrained(path / name)
+    shutil.copytree(path / "teacher", path / "reversed")
+    make_tokenizer(WORDS[::-1]).save_pretrained(path / "reversed")
+    shutil.copytree(path / "teacher", path / "swapped")
+    swapped = {name: 1 - number for name, number in config["label2id"].items()}
+    names = {"id2label": {n: name for name, n in swapped.items()}, "label2id": swapped}
+    (path / "swapped" / "config.json").write_text(json.dumps(config | names))
     shutil.copytree(path / "teacher", path / "bart")
     sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 44}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}

@@ -72,6 +72,25 @@ def test_split_string_labels_json_and_student_checkpoint(folder, tmp_path):
     assert "eval_accuracy" in metrics
 
 
+def test_finetuning_keeps_the_order_of_the_checkpoint_s_classes(folder, tmp_path):
+    """Its classifier goes on where it was: a rate of 0 leaves its outputs as they are."""
+    shutil.copytree(folder / "teacher", tmp_path / "swapped")
+    config = json.loads((folder / "teacher" / "config.json").read_text())
+    names = {"id2label": {"0": "positive", "1": "negative"}}
+    names |= {"label2id": {"positive": 0, "negative": 1}}
+    (tmp_path / "swapped" / "config.json").write_text(json.dumps(config | names))
+    arguments = ["finetune", *files(folder), *FAST, "--learning_rate", "0"]
+    scores = []
+    for model in (folder / "teacher", tmp_path / "swapped"):
+        output = tmp_path / f"of-{model.name}"
+        options = ["--model_name_or_path", str(model), "--output_dir", str(output)]
+        assert main([*arguments, *options]) == 0
+        scores.append(json.loads((output / "metrics.json").read_text())["eval_accuracy"])
+    assert scores[0] == pytest.approx(1 - scores[1])
+    written = json.loads((tmp_path / "of-swapped" / "config.json").read_text())
+    assert written["label2id"] == names["label2id"]
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -9,6 +9,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tiny import (
     MASKED_VOCABULARY,
+    WORDS,
     make_masking_tokenizer,
     make_tokenizer,
     tiny_config,
@@ -146,14 +147,29 @@ def test_stream_of_a_data_set_with_its_validation_split(corpus, sources, tmp_pat
     assert metrics["eval_perplexity"] > 1
 
 
-def test_fault_far_on_in_a_stream_is_one_line(corpus, tmp_path, capfd):
-    rows = "text\n" + "w1 w2\n" * 10050 + "w1,w2,w3\n"  # past the part that is read first
-    (tmp_path / "late.csv").write_text(rows)
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "first", "last", "message"),
+    [
+        ("late.csv", "w1 w2", "w1,w2,w3", "`train_file` can't be read as csv"),
+        ("late.jsonl", '{"text": "w1"}', '{"text": 7}', "`train_file` must hold texts, row 10"),
+        ("late.txt", "w1 w2", "\x80", "`train_file` can't be read as txt"),
+    ],
+)
+def test_fault_far_on_in_a_stream_is_one_line(
+    corpus, tmp_path, capfd, name, first, last, message, workers
+):
+    header = ["text"] if name.endswith("csv") else []
+    lines = [*header, *[first] * 10050, last, ""]  # past the part that is read first
+    (tmp_path / name).write_bytes("\n".join(lines).encode("latin-1"))
     flags = {"teacher": corpus / "mlm", "student_layers": 2, "per_device_train_batch_size": 256}
-    flags |= {"streaming": True, "max_steps": 50, "train_file": tmp_path / "late.csv"}
+    flags |= {"streaming": True, "max_steps": 50, "train_file": tmp_path / name}
+    flags |= {"dataloader_num_workers": workers}
     assert pretrain(tmp_path / "out", **flags, shuffle_buffer=10000) == 2
-    error = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
-    assert len(error) == 1 and "`train_file` can't be read as csv" in error[0]
+    shown = capfd.readouterr().err
+    errors = [line for line in shown.splitlines() if "error:" in line]
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in shown
 
 
 def test_text_that_is_too_long_is_cut(corpus, tmp_path):
@@ -208,6 +224,10 @@ ERRORS = {
     "other vocabulary": (
         {"--student": "FOLDER/large", "--student_layers": None},
         "`student` must read the teacher's tokens, a vocabulary of 45, got 60",
+    ),
+    "other words": (
+        {"--student": "FOLDER/reversed", "--student_layers": None},
+        "mlm does: '[MASK]' is 4 in ",
     ),
     "terms without a teacher": (
         {"--teacher": None, "--student_layers": None, "--student": "FOLDER/mlm", "--kd_weight": 1},
@@ -286,6 +306,8 @@ def broken(corpus, tmp_path_factory):
     for name, size in (("small", 44), ("large", 60)):
         BertForMaskedLM(tiny_config(vocab_size=size)).save_pretrained(path / name)
         make_masking_tokenizer().save_pretrained(path / name)
+    shutil.copytree(corpus / "mlm", path / "reversed")
+    make_tokenizer(["[MASK]", *WORDS[::-1]]).save_pretrained(path / "reversed")
     shutil.copytree(corpus / "mlm", path / "foreign")
     save_file({"other": torch.ones(2)}, path / "foreign" / "model.safetensors", {"format": "pt"})
     (path / "mlm" / "config.xml").write_text("<a/>")

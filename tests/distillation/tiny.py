@@ -27,8 +27,8 @@ def tiny_config(**changes):
     )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+def make_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
