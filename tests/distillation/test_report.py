@@ -202,6 +202,24 @@ def test_run_that_goes_on_is_read_from_its_last_checkpoint(runs, tmp_path):
     assert page.row("going")[:2] == ["", "6"]
 
 
+def test_evaluation_of_the_best_model_is_no_point_of_the_last_step(runs, tmp_path):
+    """It is what the run gave, and as a value of its last step would be wrong."""
+    path = tmp_path / "best"
+    shutil.copytree(runs / "joint", path)
+    settings = json.loads((path / "run.json").read_text())
+    state = json.loads((path / "trainer_state.json").read_text())
+    closing = next(row for row in reversed(state["log_history"]) if "eval_loss" in row)
+    closing["eval_loss"] = 0.125
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    for goes_back in (False, True):
+        settings["settings"]["training"]["load_best_model_at_end"] = goes_back
+        (path / "run.json").write_text(json.dumps(settings))
+        (run,) = read_runs([str(path)])
+        assert run.metrics["loss"] == 0.125
+        drawn = [row["eval_loss"] for row in run.history if "eval_loss" in row]
+        assert len(drawn) >= 2 and (drawn[-1] == 0.125) != goes_back
+
+
 def test_texts_from_files_stay_texts(runs, folder, tmp_path):
     nasty = '<script>alert("1")</script> & $x^{$ _y'
     path = tmp_path / "_<b>$\\frac{1"

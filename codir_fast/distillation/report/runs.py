@@ -25,7 +25,8 @@ class Run:
     """A run under a name of its own.
 
     Args:
-        history: one dictionary of numbers for each logged step.
+        history: one dictionary of numbers for each logged step; without the closing evaluation
+            of a run that goes back to its best model, which is not the last step's.
         settings: group -> name -> value, as in run.json; None where there is no such file.
         metrics: of the last evaluation, without their eval_.
         parameters: of the saved model; None where none is saved yet.
@@ -74,11 +75,15 @@ def _read_run(name: str, path: Path) -> Run:
     last: dict[str, float] = {}
     for row in history:
         last |= {key: value for key, value in row.items() if key.startswith("eval_")}
+    settings = _settings(path)
+    if (settings or {}).get("training", {}).get("load_best_model_at_end"):
+        ends = [n for n, row in enumerate(history) if "train_runtime" in row]
+        history = history[: ends[-1] + 1] if ends else history
     return Run(
         name=name,
         path=path,
         history=history,
-        settings=_settings(path),
+        settings=settings,
         metrics={
             key.removeprefix("eval_"): value
             for key, value in last.items()
