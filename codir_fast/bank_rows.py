@@ -29,6 +29,11 @@ def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, norm / rounded_norm
 
 
+def _version(tensor: Tensor) -> int:
+    """How often it was written; inference tensors don't count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class BankRows(nn.Module):
     """Unit rows (K, D), which of them are filled, and their labels; all of it buffers, in the
     state_dict. Of a sharded bank, those of this rank.
@@ -72,6 +77,7 @@ class BankRows(nn.Module):
             self.register_buffer("first_row", torch.tensor(self.shard.first))
         self._full = False
         self._until_full = size  # rows to be written at least until every row is filled
+        self._mark()
 
     @property
     def dim(self) -> int:
@@ -82,9 +88,25 @@ class BankRows(nn.Module):
         """True once every row is known to be filled.
 
         On a GPU finding out would wait for the device: there a queue knows after a whole turn, an
-        IndexedBank when a state is loaded.
+        IndexedBank when a state is loaded. Where others write `valid`, or put another buffer in its
+        place, as torch.func.functional_call does, nothing is known.
         """
-        return self._full
+        return self._full and (torch.compiler.is_compiling() or self._is_as_left())
+
+    def _mark(self) -> None:
+        """Notes `valid` as it is: what is known of it holds as long as it stays that."""
+        self._left = self.valid, _version(self.valid)
+
+    def _is_as_left(self) -> bool:
+        valid, version = self._left
+        return valid is self.valid and version == _version(valid)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "BankRows":
+        is_as_left = self._is_as_left()
+        super()._apply(*args, **kwargs)
+        if is_as_left:  # on another device, the same
+            self._mark()
+        return self
 
     def __len__(self) -> int:
         """Number of filled rows, of this rank if the bank is sharded (reads the device)."""
@@ -133,15 +155,21 @@ class BankRows(nn.Module):
             )
 
     def _write(self, index: Tensor, keys: Tensor, momentum: float) -> None:
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and not self._is_as_left():
+            self._full, self._until_full = False, self.rows.shape[0]
+            self._find_if_full()
         if self.row_scale is None:
             bank_update(self.rows, index, keys, momentum, self.valid, backend="auto")
         else:
             self._write_float8(self.row_scale, index, keys, momentum)
-        if self._full or torch.compiler.is_compiling():
+        if is_compiling:
             return
-        self._until_full -= index.numel()
-        if self._until_full <= 0:
-            self._find_if_full()
+        if not self._full:
+            self._until_full -= index.numel()
+            if self._until_full <= 0:
+                self._find_if_full()
+        self._mark()
 
     def _write_float8(
         self, row_scale: Tensor, index: Tensor, keys: Tensor, momentum: float
@@ -204,6 +232,7 @@ class BankRows(nn.Module):
         self._full = not self.valid.is_meta and bool(self.valid.all())
         self._until_full = self.rows.shape[0]
         self._find_if_full()
+        self._mark()
 
     def _in_own_precision(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         """A state of float8 rows for a bank of others, and the other way round."""

@@ -282,8 +282,10 @@ void visit_products(Use& use, C* products, const BankTask<C>& task, std::int64_t
   }
 }
 
-// Makes the weights of a block, their sum of terms and the largest s - shift. Once the shift has
-// followed the maximum, a gap beyond kSlack is but the rounding of a huge shift, and is cut.
+// Makes the weights of a block, their sum of terms and the largest s - shift. Logits are rounded,
+// as the shift is, which is one of them: where they are huge, a fused product would be far from its
+// own. Once the shift has followed the maximum, a gap beyond kSlack is but the rounding of a huge
+// shift, and is cut.
 template <int NV, typename Objective, typename C>
 struct Weigh {
   using V = Vec<C>;
@@ -299,7 +301,7 @@ struct Weigh {
     }
   }
 
-  V gap(V product, V scale, int v) const { return product * scale - shift[v]; }
+  V gap(V product, V scale, int v) const { return rounded(product * scale) - shift[v]; }
 
   V operator()(V gap, V bank_scale, int v) {
     if constexpr (Objective::kFollowsMaximum) {
@@ -372,7 +374,8 @@ void block_weights(const Objective& objective, C* weights, const BankTask<C>& ta
   Weigh<NV, Objective, C> weigh(objective, sums.shift);
   visit_products<NV>(weigh, weights, task, tile, block, fetch_next);
   if constexpr (Objective::kFollowsMaximum) {
-    if (follow_maximum<NV>(weigh.top, sums, task.inputs->D)) {
+    // A huge shift is the maximum only when what the first move rounded away has been added to it.
+    for (int moves = 0; moves < 2 && follow_maximum<NV>(weigh.top, sums, task.inputs->D); ++moves) {
       weigh = Weigh<NV, Objective, C>(objective, sums.shift);
       visit_products<NV>(weigh, weights, task, tile, block, false);
     }
@@ -448,7 +451,7 @@ struct Coefficients {
   V at(const C* values, int v) const { return load<V>(values + v * kLanes<C>); }
 
   V gap(V product, V scale, int v) const {
-    const V gap = (product * scale - at(lse_high, v)) - at(lse_low, v);
+    const V gap = (rounded(product * scale) - at(lse_high, v)) - at(lse_low, v);
     if constexpr (!Objective::kFollowsMaximum) return gap;
     return gap > C{0} ? V{} : gap;  // no logit exceeds lse but by rounding
   }

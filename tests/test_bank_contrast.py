@@ -160,6 +160,21 @@ def test_long_rows_do_not_overflow(backend, assert_accurate):
     check(assert_accurate, backend, case, condition=1200 / 0.07)
 
 
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e5, 1e7])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_whose_rounding_is_huge(backend, size):
+    """Beyond 2^31 the step from one float32 to the next is more nats than a weight has range."""
+    for rows in (10, 300, 3000):
+        case = make_case(9, rows, 8)
+        case.query *= size
+        case.bank *= size
+        upstream = torch.rand(9)
+        found = gradients(ours(backend), case, ALL, upstream)
+        truth = gradients(plain, case, ALL, upstream, torch.float64)
+        for value, exact in zip(found, truth, strict=True):
+            assert (value.double() - exact).norm() < 1e-5 * exact.norm(), rows
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clustered_bank(backend, assert_accurate):
     # 64 clusters: many large weights next to each other, where a running float32 sum stagnates.

@@ -36,6 +36,35 @@ def test_queue_is_first_in_first_out():
         assert queue.is_full == (begin >= 7)
 
 
+def test_rows_that_others_empty_count_no_more():
+    """By a write into `valid`, a state that is copied in, or buffers put in its place."""
+    query, positive = unit(3, 4), unit(3, 4)
+    empty = {name: value.clone() for name, value in codir_fast.MemoryQueue(5, 4).named_buffers()}
+
+    def loss(queue):
+        return codir_fast.ContrastiveLoss()(query, positive, queue)
+
+    queue = queue_of(5, unit(5, 4))
+    assert queue.is_full and loss(queue) > 0
+    queue.valid.zero_()
+    assert not queue.is_full and len(queue) == 0 and loss(queue) == 0
+    queue.enqueue(unit(4, 4))  # a whole turn has passed, and one row is empty
+    assert not queue.is_full and len(queue) == 4
+    queue.enqueue(unit(2, 4))
+    assert queue.is_full
+    for name, buffer in queue.named_buffers():
+        buffer.copy_(empty[name])
+    assert not queue.is_full and loss(queue) == 0
+
+    model = torch.nn.ModuleDict({"queue": queue_of(5, unit(5, 4))})
+    model.forward = lambda: loss(model["queue"])
+    poisoned = {f"queue.{name}": value.clone() for name, value in empty.items()}
+    poisoned["queue.rows"].fill_(torch.nan)
+    assert torch.func.functional_call(model, poisoned, ()) == 0
+    assert model["queue"].is_full and model() > 0
+    assert model.to(torch.float64)["queue"].is_full
+
+
 def test_queue_normalises_and_detaches():
     keys = (5 * torch.randn(2, 4)).requires_grad_()
     queue = queue_of(3, keys)

@@ -64,6 +64,22 @@ inline Vec<C> splat(C value) {
   return value - Vec<C>{};  // value + 0 would turn -0 into 0
 }
 
+// The value as rounded: without it the compiler may fuse a product with the sum that follows, which
+// then sees it exact.
+template <typename V>
+inline V rounded(V value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__SSE2__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#else
+  asm("" : "+m"(value));
+#endif
+  return value;
+}
+
 // e^x for x <= 88 (float) or 709 (double): within 2 ulp, 0 where the result would not be a normal
 // number, NaN for NaN. x = n ln 2 + r with |r| <= ln 2 / 2; n is rounded by adding 1.5 *
 // 2^mantissa, whose low bits are then n.
