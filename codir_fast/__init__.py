@@ -8,6 +8,8 @@ import torch  # noqa: F401  (loads the libraries that _C links against)
 try:
     import codir_fast._C  # noqa: F401  (registers the C++ operators)
 except ImportError as error:
+    if "CODIR_FAST_CPU_ISA" in str(error):  # a setting that it refuses: it is built and there
+        raise ImportError(f"codir_fast: {error}") from error
     raise ImportError(
         f"codir_fast: the compiled part codir_fast._C can't be loaded ({error}); build it with "
         "`pip install --no-build-isolation .` in the source folder (with -e to work on it)"

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from codir_fast.errors import LostProcess, SaveError, UsageError
+from codir_fast.errors import Diverged, LostProcess, SaveError, UsageError, is_full
 from codir_fast.version import __version__
 
 # Command -> (module with run(arguments) -> int, what it does).
@@ -47,8 +47,8 @@ USAGE = "\n".join(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for an error of use, 1 for a full disk or
-    another process that ended.
+    """Runs one command; returns the exit code: 0, 2 for an error of use, 1 for a full disk,
+    weights that are no numbers, or another process that ended.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments[0], arguments[1:])
     except (UsageError, NotImplementedError) as error:
         return _failed(error, 2)
-    except (SaveError, LostProcess) as error:
+    except (SaveError, LostProcess, Diverged) as error:
+        return _failed(error, 1)
+    except OSError as error:
+        if not is_full(error):
+            raise
         return _failed(error, 1)
 
 

@@ -33,11 +33,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from codir_fast.bank_rows import ROW_BUFFERS, BankRows
-from codir_fast.checks import check_choice, check_count
+from codir_fast.checks import check_choice, check_flag
 from codir_fast.collectives import gather_blocks
 from codir_fast.loss_arguments import (
     OBJECTIVES,
     as_scalar,
+    check_constants,
     check_float8,
     check_pair,
     inverse_temperature,
@@ -76,6 +77,17 @@ def gather_state(module: nn.Module, *, dst: int = 0) -> dict[str, Tensor] | None
 
     It loads with load_state_dict into banks of one process and of any number of ranks, each of
     which takes its own rows. Rank `dst` needs memory for all rows.
+
+    Args:
+        module: a bank, or a module with any number of them, sharded or not.
+        dst: the rank, in [0, R) of each bank's process group, that gets the state.
+
+    Returns:
+        On rank `dst` the state_dict with (K, ...) in place of this rank's rows, without
+        `first_row`; None on the others. On each rank its own, where no bank is sharded.
+
+    Raises:
+        RuntimeError: a rank has ended, or did not come in time.
     """
     state = {name: value.cpu() for name, value in module.state_dict().items()}
     is_dst = True
@@ -146,8 +158,8 @@ def partial_sums(
     negative_index: Tensor | None = None,
     exclude_index: Tensor | None = None,
     log_partition: float | Tensor | None = None,
-    num_noise: int = 1,
-    num_data: int = 1,
+    num_noise: int | None = None,
+    num_data: int | None = None,
 ) -> PartialSums:
     """Loss and gradients of each query over a part of its negatives, for a topology of your own;
     combine_partial_sums makes those of several parts one. Nothing is communicated.
@@ -155,29 +167,41 @@ def partial_sums(
     Of a sharded bank it takes the rows of this rank, numbered from 0 on.
 
     Args:
-        query, positive_key, temperature, normalize, backend, labels, negative_labels,
-        negative_index, exclude_index: as for contrastive_loss.
+        query, positive_key, temperature, objective, normalize, backend: as for contrastive_loss.
         negative_keys: a tensor, of any number of rows, or a bank. None: NCE's term of the
             positive, one part of its sum; 0 in InfoNCE, whose parts all know the positive.
-        objective, log_partition: as for contrastive_loss; NCE needs log Z.
-        num_noise, num_data: M and n of NCE, of all negatives.
+        labels, negative_labels, negative_index, exclude_index: as for contrastive_loss, of these
+            negatives; refused with `negative_keys` None.
+        log_partition: log Z, a number or 0-d tensor; NCE needs it, InfoNCE has none.
+        num_noise, num_data: M and n, at least 1, of all negatives together: the same for every
+            part. NCE needs both, InfoNCE has none.
+
+    Returns:
+        PartialSums: loss (B,) in nats, dquery (B, D), dinv_temperature (B,); float32, or float64
+        for float64 input. Nothing of it is differentiable.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or value, one that is missing or does
+            not belong to the objective or the part; the message names the argument.
+        RuntimeError: the named backend can't run here.
 
     Example:
         >>> parts = [partial_sums(q, p, rows) for rows in bank.split(1000)]
         >>> loss, dquery, _ = combine_partial_sums(parts)  # as contrastive_loss(q, p, bank)
     """
     check_choice("objective", objective, OBJECTIVES)
-    check_count("num_noise", num_noise)
-    check_count("num_data", num_data)
+    check_flag("normalize", normalize)
+    M, n = check_constants(objective, log_partition, num_noise, num_data)
     check_pair(query, positive_key)
     is_of_positive = negative_keys is None
     if negative_keys is None:
-        negative_keys = query[:0]
-    if (objective == "nce") != (log_partition is not None):
-        raise ValueError(
-            f'`log_partition` must be given for objective "nce" alone, got {log_partition} '
-            f"for {objective!r}"
+        _refuse_picks(
+            labels=labels,
+            negative_labels=negative_labels,
+            negative_index=negative_index,
+            exclude_index=exclude_index,
         )
+        negative_keys = query[:0]
     here = None
     if isinstance(negative_keys, BankRows) and negative_keys.shard is not None:
         ranks, num_rows = negative_keys.shard.ranks, len(negative_keys.rows)
@@ -188,7 +212,7 @@ def partial_sums(
     check_float8(chosen, temperature)
     log_z = None if log_partition is None else as_scalar(log_partition, query)
     inv_temperature = inverse_temperature(temperature, query)
-    meant = Objective(inv_temperature, log_z, num_noise, num_data, normalize, backend)
+    meant = Objective(inv_temperature, log_z, M, n, normalize, backend)
     if objective == "infonce":
         return scan(query, positive_key, chosen, meant)
     pair, meant = PreparedPair(query, positive_key, normalize), replace(meant, normalize=False)
@@ -199,6 +223,14 @@ def partial_sums(
     loss, dquery, dinv_temperature = sums
     dquery = pair.bring_back((loss, loss, dquery, dquery, dinv_temperature))[2]
     return PartialSums(loss, dquery, dinv_temperature)
+
+
+def _refuse_picks(**picks: Tensor | None) -> None:
+    for name, value in picks.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` needs `negative_keys`, got None: the positive's part has no negatives"
+            )
 
 
 def _banks(module: nn.Module) -> Iterator[tuple[str, BankRows]]:

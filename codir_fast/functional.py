@@ -179,9 +179,19 @@ def estimate_log_partition(
     """log Z for the NCE objective, from one batch: Z = n * mean of e^s over all pairs of a query
     with its positive and its allowed negatives, of both directions if `symmetric`.
 
-    Two passes over the negatives; arguments as of contrastive_loss; over a process group of the
-    batch of all ranks, the same number on each. Returns a 0-d tensor, float32
-    (float64 for float64 input), -inf for B = 0.
+    Two passes over the negatives; over a process group of the batch of all ranks.
+
+    Args:
+        As of contrastive_loss. `num_data` is n; None: the number of all negatives there are.
+
+    Returns:
+        A 0-d tensor, float32 (float64 for float64 input), the same on each rank; -inf for B = 0.
+        Not differentiable.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or value; the message names the
+            argument.
+        RuntimeError: the backend can't run here; a rank has ended.
 
     Source: Tian et al. 2020, Contrastive Representation Distillation: its code fixes Z so at the
         first batch.

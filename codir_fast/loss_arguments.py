@@ -1,6 +1,9 @@
 """Arguments of the contrastive loss: what they must be, and what the operators take for them."""
 
 import math
+import numbers
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,18 +40,47 @@ def check_nce(objective: str, log_partition: float | Tensor | None, num_data: in
         if objective != "nce" and value is not None:
             raise ValueError(f'`{name}` needs objective "nce", got {objective!r}')
     if num_data is not None:
-        check_count("num_data", num_data)
+        check_count("num_data", as_number(num_data))
         if num_data >= 1 << 63:
             raise ValueError(f"`num_data` must be below 2^63, got {num_data}")
     if log_partition is not None and not isinstance(log_partition, Tensor):
-        _check_log_partition(log_partition)
+        _check_log_partition(as_number(log_partition))
 
 
-def check_temperature(temperature: float) -> None:
-    check_number("temperature", temperature)
+def check_constants(
+    objective: str,
+    log_partition: float | Tensor | None,
+    num_noise: int | None,
+    num_data: int | None,
+) -> tuple[int, int]:
+    """M and n of a part of NCE's sum, which must be told; without meaning in InfoNCE."""
+    given = {"log_partition": log_partition, "num_noise": num_noise, "num_data": num_data}
+    for name, value in given.items():
+        if (objective == "nce") != (value is not None):
+            raise ValueError(
+                f'`{name}` must be given for objective "nce" alone, got {value} for {objective!r}'
+            )
+    counts = {"num_noise": num_noise, "num_data": num_data} if objective == "nce" else {}
+    for name, value in counts.items():
+        check_count(name, as_number(value))
+    return num_noise or 1, num_data or 1
+
+
+def as_number(value: Any) -> Any:
+    """A number of another library, numpy's say, as Python has it; anything else as it is."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return operator.index(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def check_temperature(temperature: float, name: str = "temperature") -> None:
+    t = as_number(temperature)
+    check_number(name, t)
     # Comparisons only: torch.compile can follow them.
-    if not (0 < temperature < math.inf and 1 / temperature < math.inf):
-        raise ValueError(f"`temperature` must be positive and finite, got {temperature}")
+    if not (0 < t < math.inf and 1 / t < math.inf):
+        raise ValueError(f"`{name}` must be positive and finite, got {t}")
 
 
 def _check_log_partition(log_partition: float) -> None:
@@ -72,28 +104,32 @@ def product_dtype(query: Tensor, backend: str) -> torch.dtype:
     return query.dtype if on_gpu else wide
 
 
-def check_pair(query: Tensor, positive_key: Tensor) -> None:
-    for name, value in (("query", query), ("positive_key", positive_key)):
+def check_pair(
+    query: Tensor, positive_key: Tensor, names: tuple[str, str] = ("query", "positive_key")
+) -> None:
+    """Two (B, D) that belong together; `names` are theirs in messages."""
+    for name, value in zip(names, (query, positive_key), strict=True):
         check_tensor(name, value)
         check_float_dtype(name, value.dtype)
+    first, second = names
     if query.ndim != 2 or query.shape[1] == 0:
         raise ValueError(
-            f"`query` must have shape (B, D) with D at least 1, got {tuple(query.shape)}"
+            f"`{first}` must have shape (B, D) with D at least 1, got {tuple(query.shape)}"
         )
     if positive_key.shape != query.shape:
         B, D = query.shape
         raise ValueError(
-            f"`positive_key` must have shape (B, D) with B={B}, D={D} as `query`, "
+            f"`{second}` must have shape (B, D) with B={B}, D={D} as `{first}`, "
             f"got {tuple(positive_key.shape)}"
         )
-    check_device("positive_key", positive_key, query.device, "`query`")
-    check_input_dtype("positive_key", positive_key, query)
+    check_device(second, positive_key, query.device, f"`{first}`")
+    check_input_dtype(second, positive_key, query, first)
 
 
 def inverse_temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
     if not isinstance(temperature, Tensor):
         check_temperature(temperature)
-        return torch.full((), 1 / temperature, dtype=torch.float64, device="cpu")
+        return torch.full((), 1 / as_number(temperature), dtype=torch.float64, device="cpu")
     check_tensor("temperature", temperature)
     if temperature.ndim != 0:
         raise ValueError(f"`temperature` must be 0-d, got shape {tuple(temperature.shape)}")
@@ -121,7 +157,7 @@ def check_float8(negatives: ChosenNegatives, temperature: float | Tensor) -> Non
 
 def as_scalar(log_partition: float | Tensor, query: Tensor) -> Tensor:
     if not isinstance(log_partition, Tensor):
-        return torch.full((), log_partition, dtype=torch.float64, device=query.device)
+        return torch.full((), as_number(log_partition), dtype=torch.float64, device=query.device)
     check_tensor("log_partition", log_partition)
     if log_partition.ndim != 0:
         raise ValueError(f"`log_partition` must be 0-d, got shape {tuple(log_partition.shape)}")
@@ -129,5 +165,4 @@ def as_scalar(log_partition: float | Tensor, query: Tensor) -> Tensor:
     check_device("log_partition", log_partition, query.device, "`query`")
     if is_readable(log_partition):
         _check_log_partition(log_partition.item())
-    wide = torch.float64 if log_partition.dtype == torch.float64 else torch.float32
-    return log_partition.detach().to(wide)
+    return log_partition.detach().to(compute_dtype(log_partition.dtype))

@@ -13,9 +13,10 @@ from codir_fast.backend import NAMES as BACKENDS
 from codir_fast.checks import check_choice, check_flag, check_number
 from codir_fast.collectives import ranks_of
 from codir_fast.functional import contrastive_loss, estimate_log_partition
-from codir_fast.loss_arguments import check_nce, check_options, check_temperature
+from codir_fast.loss_arguments import as_number, check_nce, check_options, check_temperature
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 from codir_fast.negatives import Negatives
+from codir_fast.ops.registration import is_transformed
 
 _MIN_LOG_INV, _MAX_LOG_INV = math.log(0.01), math.log(100)
 _MARGIN_ARGUMENTS = ("margin", "pos_margin", "neg_margin")
@@ -29,7 +30,8 @@ class ContrastiveLoss(nn.Module):
         temperature: t > 0, where learning starts if it is learnt.
         objective, normalize, reduction, symmetric, backend, num_data: as for the function.
         learnable_temperature: makes log(1/t) a parameter, `log_inv_temperature`, kept where 1/t is
-            in [0.01, 100].
+            in [0.01, 100]: in training each call first clamps the parameter in place, and a tensor
+            that is given for it (torch.func.functional_call) likewise.
         log_partition: log Z of NCE, a number. Default: that of the first batch in training that
             meets negatives, kept from then on. It is a buffer in float64, NaN as long as it is not
             known; until then a batch goes by its own where there are none (a bank that is still
@@ -66,8 +68,10 @@ class ContrastiveLoss(nn.Module):
         check_flag("learnable_temperature", learnable_temperature)
         check_nce(objective, log_partition, num_data)
         if log_partition is not None:
+            log_partition = as_number(log_partition)
             check_number("log_partition", log_partition)
         check_temperature(temperature)
+        temperature, num_data = as_number(temperature), as_number(num_data)
         check_choice("backend", backend, ("auto", *BACKENDS))
         self._ranks = ranks_of(process_group)
         self.objective, self.normalize, self.reduction = objective, normalize, reduction
@@ -106,6 +110,26 @@ class ContrastiveLoss(nn.Module):
         exclude_index: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tensor:
+        """The loss with the options held here; see codir_fast.functional.contrastive_loss.
+
+        Args:
+            query, positive_key: (B, D).
+            negative_keys: None for in-batch, (K, D), (B, M, D), a MemoryQueue or an IndexedBank.
+            labels, negative_labels, negative_index, exclude_index: which negatives count, as for
+                the function.
+            weight: (B,) factor on each query's loss.
+
+        Returns:
+            In nats, float32 (float64 for float64 input), a scalar, or (B,) with `reduction`
+            "none". Differentiable once in query, positive_key, negative_keys (a tensor), weight and
+            `log_inv_temperature`.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype, device or value; the message names the
+                argument.
+            RuntimeError: the backend can't run here; a rank has ended; NCE in training under
+                torch.vmap or torch.func, whose `log_partition` is not known yet.
+        """
         if self.learnable_temperature and self.training:
             # The parameter itself is held in range, as CLIP does: beyond it there is no gradient to
             # come back.
@@ -149,6 +173,11 @@ class ContrastiveLoss(nn.Module):
         is_alone = self._ranks is None
         if not self.training or (is_alone and vectors[0].shape[0] == 0):
             return None
+        if is_transformed(estimate):
+            raise RuntimeError(
+                "`log_partition` must be given, or fixed by a batch outside, before NCE is trained "
+                "under torch.vmap or torch.func: what one of their samples has can't be kept"
+            )
         if may_look and (_has_none(vectors[1], vectors[2], is_alone) or not estimate.isfinite()):
             return None
         self.log_partition.copy_(estimate)

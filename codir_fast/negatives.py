@@ -263,9 +263,9 @@ def _as_int64(name: str, value: Tensor, query: Tensor, letter: str, length: int)
     return value.to(torch.int64).contiguous()
 
 
-def check_input_dtype(name: str, value: Tensor, query: Tensor) -> None:
+def check_input_dtype(name: str, value: Tensor, query: Tensor, other: str = "query") -> None:
     # Under autocast one input may come out of a matrix product in half precision and another out of
     # a float32 buffer; float64 is nothing that autocast mixes.
     mixed = value.dtype != query.dtype and torch.float64 not in (value.dtype, query.dtype)
     if not (mixed and torch.is_autocast_enabled(query.device.type)):
-        check_same_dtype(name, value, query.dtype, "`query`")
+        check_same_dtype(name, value, query.dtype, f"`{other}`")

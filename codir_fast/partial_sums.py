@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from codir_fast.checks import check_choice
+from codir_fast.loss_arguments import OBJECTIVES
 from codir_fast.ops.contrast import softplus, wide
 
 
@@ -45,15 +46,25 @@ def combine_partial_sums(
     dinv_temperature alike. NCE: the sums. Added up in float64, in the order of the parts.
 
     Args:
-        parts: at least one, of the same queries, positives and temperature.
+        parts: at least one, of the same B queries, positives and temperature.
         objective: "infonce" or "nce".
 
+    Returns:
+        The sums over all parts, in the shapes and the dtype of the first one's.
+
     Raises:
-        ValueError: another objective; no part.
+        ValueError: another objective; no part; parts of another B or D.
     """
-    check_choice("objective", objective, ("infonce", "nce"))
+    check_choice("objective", objective, OBJECTIVES)
     if len(parts) == 0:
         raise ValueError("`parts` must hold the sums of at least one part, got none")
+    B, D = parts[0].dquery.shape
+    for n, part in enumerate(parts):
+        if tuple(x.shape for x in part) != ((B,), (B, D), (B,)):
+            raise ValueError(
+                f"`parts` must be of the same queries, (B, D) with B={B}, D={D} as part 0, got "
+                f"{tuple(part.dquery.shape)} as part {n}"
+            )
     return combine_repeated(parts, [None] * len(parts), objective == "nce")
 
 

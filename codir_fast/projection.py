@@ -11,6 +11,8 @@ from codir_fast.checks import (
     check_same_dtype,
     check_tensor,
 )
+from codir_fast.loss_arguments import as_number
+from codir_fast.ops.contrast import compute_dtype
 
 
 class ProjectionHead(nn.Module):
@@ -25,8 +27,8 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, in_features: int, dim: int = 128) -> None:
         super().__init__()
-        check_count("in_features", in_features)
-        check_count("dim", dim)
+        check_count("in_features", as_number(in_features))
+        check_count("dim", as_number(dim))
         self.linear = nn.Linear(in_features, dim)
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -47,5 +49,5 @@ class ProjectionHead(nn.Module):
             check_same_dtype("pooled", pooled, weight.dtype, "the head")
         projected = self.linear(pooled)
         # The norm of half-precision rows is taken in float32.
-        wide = torch.float64 if projected.dtype == torch.float64 else torch.float32
-        return F.normalize(projected.to(wide), dim=-1).to(projected.dtype)
+        wide = projected.to(compute_dtype(projected.dtype))
+        return F.normalize(wide, dim=-1).to(projected.dtype)

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -582,3 +583,20 @@ def test_bad_module_options():
         make(reduction="avg")
     with pytest.raises(ValueError, match="`backend` must be one of"):
         make(backend="gpu")
+
+
+def test_numbers_of_numpy():
+    q, p, negatives = torch.randn(4, 8), torch.randn(4, 8), torch.randn(20, 8)
+    t, log_z, n = np.float32(0.25), np.float64(3.0), np.int64(50)
+    nce = {"objective": "nce", "log_partition": 3.0, "num_data": 50}
+    nce_of_numpy = {"objective": "nce", "log_partition": log_z, "num_data": n}
+    for given, plain in (({}, {}), (nce_of_numpy, nce)):
+        expected = contrastive_loss(q, p, negatives, temperature=0.25, **plain)
+        for loss in (
+            contrastive_loss(q, p, negatives, temperature=t, **given),
+            codir_fast.ContrastiveLoss(t, **given)(q, p, negatives),
+        ):
+            assert torch.equal(loss, expected)
+    learnt = codir_fast.ContrastiveLoss(t, learnable_temperature=True)
+    torch.testing.assert_close(learnt.temperature.item(), 0.25)
+    assert codir_fast.ProjectionHead(np.int64(8), np.int64(3))(q).shape == (4, 3)

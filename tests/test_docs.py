@@ -1,6 +1,8 @@
 """docs/: every row of "Replacing your loss" runs, and both sides give the same numbers."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,6 +94,27 @@ def preamble() -> dict[str, object]:
     names: dict[str, object] = {"torch": torch, "F": F}
     exec(code[1], names)
     return names
+
+
+def python_block(page: Path) -> str:
+    """The one Python block of a page."""
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    return code
+
+
+@pytest.mark.parametrize(
+    ("page", "launcher"),
+    [
+        ("README.md", ()),
+        ("docs/scaling.md", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")),
+    ],
+)
+def test_the_pages_program_runs_as_it_stands(page, launcher, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(python_block(ROOT / page), encoding="utf-8")
+    command = [sys.executable, *launcher, str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_enough_rows():

@@ -51,3 +51,13 @@ def test_missing_binary_says_how_to_build():
         "except ImportError as error:\n    print(error)"
     )
     assert "pip install --no-build-isolation ." in run(code)
+
+
+def test_a_bad_instruction_set_is_no_matter_of_building():
+    code = (
+        "import os; os.environ['CODIR_FAST_CPU_ISA'] = 'plain'\n"
+        "try:\n    import codir_fast\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    expected = "codir_fast: CODIR_FAST_CPU_ISA must be baseline, avx2 or avx512, got 'plain'\n"
+    assert run(code) == expected

@@ -214,6 +214,15 @@ def test_functorch_is_refused(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_mode_is_refused(backend):
+    (layer,) = make_layers(1, 2, 3, 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(layer, layer)
+        with pytest.raises(RuntimeError, match="masked_pool has no forward-mode derivative"):
+            module.masked_pool([dual], None, "mean", backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_separate_tensors(backend):
     layers = [layer.requires_grad_() for layer in make_layers(2, 2, 3, 4)]
     module.masked_pool(layers, None, "mean", backend).sum().backward()

@@ -47,6 +47,7 @@ def test_sdist_holds_all_sources(dist):
         missing = {str(path.relative_to(ROOT)) for path in files} - names
         assert not missing, missing
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "Makefile"} <= names
+    assert {".clang-format", ".pre-commit-config.yaml", ".ci/run"} <= names, "make lint needs them"
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 

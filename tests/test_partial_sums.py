@@ -128,7 +128,14 @@ def test_no_negatives(backend):
         partial_sums(query, positive, rows[:0], backend=backend),
         partial_sums(query, positive, None, backend=backend),
         partial_sums(
-            query, positive, rows[:0], backend=backend, objective="nce", log_partition=2.0
+            query,
+            positive,
+            rows[:0],
+            backend=backend,
+            objective="nce",
+            log_partition=2.0,
+            num_noise=1,
+            num_data=1,
         ),
     ):
         assert not any(x.any() for x in sums)
@@ -137,11 +144,29 @@ def test_no_negatives(backend):
         torch.testing.assert_close(ours, theirs)
 
 
+NCE = {"objective": "nce", "log_partition": 1.0, "num_noise": 5, "num_data": 9}
 BAD = {
     "log_partition": ({"objective": "nce"}, '`log_partition` must be given for objective "nce"'),
     "for infonce": ({"log_partition": 1.0}, '`log_partition` must be given for objective "nce"'),
     "objective": ({"objective": "triplet"}, "`objective` must be one of"),
-    "num_noise": ({"num_noise": 0}, "`num_noise` must be at least 1, got 0"),
+    "num_noise": (NCE | {"num_noise": 0}, "`num_noise` must be at least 1, got 0"),
+    "num_data": (NCE | {"num_data": -1}, "`num_data` must be at least 1, got -1"),
+    "no num_noise": (
+        NCE | {"num_noise": None},
+        "`num_noise` must be given for objective \"nce\" alone, got None for 'nce'",
+    ),
+    "no num_data": (
+        NCE | {"num_data": None},
+        "`num_data` must be given for objective \"nce\" alone, got None for 'nce'",
+    ),
+    "num_noise for infonce": (
+        {"num_noise": 5},
+        "`num_noise` must be given for objective \"nce\" alone, got 5 for 'infonce'",
+    ),
+    "num_data for infonce": (
+        {"num_data": 9},
+        "`num_data` must be given for objective \"nce\" alone, got 9 for 'infonce'",
+    ),
     "labels": ({"labels": torch.arange(B)}, "`labels` with a tensor as `negative_keys` needs"),
 }
 
@@ -151,6 +176,34 @@ def test_bad_input(name):
     options, message = BAD[name]
     with pytest.raises(ValueError, match=re.escape(message)):
         partial_sums(*inputs(torch.float32), **options)
+
+
+@pytest.mark.parametrize("name", ["labels", "negative_labels", "negative_index", "exclude_index"])
+@pytest.mark.parametrize("options", [{}, NCE], ids=["infonce", "nce"])
+def test_the_positive_has_no_negatives_to_pick(options, name):
+    query, positive, _ = inputs(torch.float32)
+    with pytest.raises(ValueError, match=f"`{name}` needs `negative_keys`, got None: the positive"):
+        partial_sums(query, positive, None, **options, **{name: torch.arange(B)})
+
+
+def test_flags_and_counts_of_a_wrong_type():
+    with pytest.raises(TypeError, match="`normalize` must be True or False, got str"):
+        partial_sums(*inputs(torch.float32), normalize="no")
+    with pytest.raises(TypeError, match="`num_noise` must be an int, got float"):
+        partial_sums(*inputs(torch.float32), **NCE | {"num_noise": 5.0})
+
+
+def test_parts_of_other_queries_can_not_be_combined():
+    query, positive, rows = inputs(torch.float32)
+    five, three = (partial_sums(query[:n], positive[:n], rows) for n in (5, 3))
+    narrow = partial_sums(query[:, :4], positive[:, :4], rows[:, :4])
+    for other, shape in ((three, (3, 12)), (narrow, (5, 4))):
+        message = (
+            "`parts` must be of the same queries, (B, D) with B=5, D=12 as part 0, "
+            f"got {shape} as part 2"
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            combine_partial_sums([five, five, other])
 
 
 def test_what_can_not_be_combined():

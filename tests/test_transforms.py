@@ -205,3 +205,53 @@ def test_functorch_second_derivative():
 
     with pytest.raises(RuntimeError, match="bank_contrast has no second derivative"):
         torch.func.jacrev(torch.func.grad(loss_of))(q.detach())
+
+
+@pytest.mark.parametrize("form", ["in-batch", "shared"])
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad], ids=lambda f: f.__name__)
+def test_a_partition_is_not_fixed_inside_a_transform(transform, form):
+    loss_fn = codir_fast.ContrastiveLoss(T, objective="nce")
+    _, _, negatives, _ = make_inputs(form, 4, 20)
+    queries = torch.randn(3, 4, D)
+    given = queries if transform is torch.func.vmap else queries[0]
+
+    def loss_of(query):
+        return loss_fn(query, query, negatives)
+
+    with pytest.raises(RuntimeError, match="`log_partition` must be given, or fixed by a batch"):
+        transform(loss_of)(given)
+    assert loss_fn.log_partition.isnan()
+    loss_of(queries[0])  # outside
+    assert transform(loss_of)(given).isfinite().all()
+
+
+def test_a_tensor_given_for_the_learnt_temperature_is_clamped_in_place():
+    """As the docstring says."""
+    loss_fn = codir_fast.ContrastiveLoss(learnable_temperature=True)
+    given = torch.tensor(9.0)
+    queries = torch.randn(4, D)
+    torch.func.functional_call(
+        loss_fn, {"log_inv_temperature": given}, (queries, torch.randn(4, D))
+    )
+    torch.testing.assert_close(given.exp(), torch.tensor(100.0))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_mode_is_refused(form, objective):
+    q, p, negatives, options = make_inputs(form, 4, 20)
+
+    def loss_of(q):
+        return contrastive_loss(q, p, negatives, objective=objective, **options)
+
+    q = q.detach()
+    with pytest.raises(RuntimeError, match="_contrast has no forward-mode derivative"):
+        torch.func.jvp(loss_of, (q,), (q,))
+    with pytest.raises(RuntimeError, match="_contrast has no forward-mode derivative"):
+        torch.func.hessian(loss_of)(q)
+    forward_ad = torch.autograd.forward_ad
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match="_contrast has no forward-mode derivative"),
+    ):
+        loss_of(forward_ad.make_dual(q, q))

@@ -1,5 +1,6 @@
 """Other libraries' losses by their own names, arguments and defaults, over the operators of
-codir_fast. One file per library; what differs from the original is said in each docstring.
+codir_fast. One file per library (pytorch_metric_learning.py has two more, for its arguments and
+its pairs); what differs from the original is said in each docstring.
 
 pytorch-metric-learning has an NTXentLoss of its own: codir_fast.compat.pytorch_metric_learning.
 """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from codir_fast.functional import contrastive_loss
-from codir_fast.loss_arguments import check_temperature
+from codir_fast.loss_arguments import as_number, check_pair, check_temperature
 from codir_fast.memory_bank import MemoryQueue
 
 
@@ -58,13 +58,23 @@ class NTXentLoss(nn.Module):
             self.memory_bank = _random_queue(*self.memory_bank_size)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """The mean loss of two views, (B, D) each."""
+        """The mean loss of two views, (B, D) each; a scalar, differentiable in both.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or device; the message names the argument.
+        """
+        check_pair(out0, out1, ("out0", "out1"))
         if self.memory_bank_size[0] == 0:
             return self._between_views(out0, out1)
         if self.memory_bank is None:
             queue = _random_queue(self.memory_bank_size[0], out1.shape[1])
             self.memory_bank = queue.train(self.training)
         bank = self.memory_bank.to(out0.device)
+        if out0.shape[1] != bank.dim:
+            raise ValueError(
+                f"`out0` must have shape (B, D) with D={bank.dim}, the width of the bank, "
+                f"got {tuple(out0.shape)}"
+            )
         loss = contrastive_loss(out0, out1, bank, temperature=self.temperature)
         if out0.requires_grad:
             bank.enqueue(out1[: bank.rows.shape[0] - int(bank.position)])
@@ -85,7 +95,8 @@ class NTXentLoss(nn.Module):
 
 
 def _as_sizes(memory_bank_size: int | Sequence[int]) -> tuple[int, ...]:
-    sizes = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
+    given = as_number(memory_bank_size)
+    sizes = tuple(map(as_number, given if isinstance(given, Sequence) else (given,)))
     if len(sizes) not in (1, 2) or any(not isinstance(size, int) or size < 0 for size in sizes):
         raise ValueError(
             "`memory_bank_size` must be a number of rows or (rows, D), each at least 0, "

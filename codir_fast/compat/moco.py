@@ -1,10 +1,12 @@
 """The queue of MoCo (facebookresearch/moco: `MoCo.queue` and `MoCo.queue_ptr`)."""
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codir_fast.checks import check_float_dtype, check_tensor
+from codir_fast.checks import INTEGERS, check_float_dtype, check_tensor
 from codir_fast.memory_bank import MemoryQueue
 
 
@@ -33,9 +35,7 @@ def memory_queue_from_moco(
     if queue.ndim != 2:
         raise ValueError(f"`queue` must have shape (D, K), got {tuple(queue.shape)}")
     dim, size = queue.shape
-    if isinstance(queue_ptr, Tensor) and queue_ptr.numel() != 1:
-        raise ValueError(f"`queue_ptr` must be one integer, got shape {tuple(queue_ptr.shape)}")
-    position = int(queue_ptr)
+    position = _as_position(queue_ptr)
     if not 0 <= position < size:
         raise ValueError(f"`queue_ptr` must be in [0, {size}), got {position}")
     memory = MemoryQueue(size, dim, dtype=queue.dtype if dtype is None else dtype).to(queue.device)
@@ -47,3 +47,15 @@ def memory_queue_from_moco(
         }
     )
     return memory
+
+
+def _as_position(queue_ptr: Tensor | int) -> int:
+    if isinstance(queue_ptr, Tensor):
+        if queue_ptr.numel() != 1:
+            raise ValueError(f"`queue_ptr` must be one integer, got shape {tuple(queue_ptr.shape)}")
+        if queue_ptr.dtype not in INTEGERS:
+            raise TypeError(f"`queue_ptr` must be of an integer dtype, got {queue_ptr.dtype}")
+        return int(queue_ptr)
+    if isinstance(queue_ptr, bool) or not hasattr(queue_ptr, "__index__"):
+        raise TypeError(f"`queue_ptr` must be an int, got {type(queue_ptr).__name__}")
+    return operator.index(queue_ptr)

@@ -7,12 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codir_fast.checks import check_count, check_integers, check_tensor
+from codir_fast.checks import check_count, check_device, check_same_dtype
+from codir_fast.compat.metric_learning_arguments import (
+    as_labels,
+    check_mask,
+    check_rows,
+    listed_pairs,
+)
+from codir_fast.compat.positive_pairs import (
+    mean,
+    nothing,
+    pairs_of_equal_label,
+    scatter_logsumexp,
+    unit,
+)
 from codir_fast.functional import contrastive_loss
-from codir_fast.loss_arguments import check_temperature
+from codir_fast.loss_arguments import as_number, check_temperature
 
 # What the original takes too, with its default.
 _NOT_SUPPORTED = {
@@ -80,20 +92,31 @@ class NTXentLoss(nn.Module):
                 without itself.
             ref_labels: (R,) integers. As in the original, giving the very tensor that is `labels`
                 leaves row i out of anchor i's positives.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype, device or value; the message names the
+                argument.
         """
+        check_rows("embeddings", embeddings)
+        if ref_emb is not None:
+            check_rows("ref_emb", ref_emb, "R", embeddings.shape[1], "as `embeddings`")
+            check_device("ref_emb", ref_emb, embeddings.device, "`embeddings`")
         if ref_emb is None and ref_labels is not None:
             raise ValueError("`ref_labels` needs `ref_emb`, got None")
         if indices_tuple is not None:
             rows = embeddings if ref_emb is None else ref_emb
-            return self._of_listed_pairs(embeddings, rows, indices_tuple)
+            pairs = listed_pairs(indices_tuple, len(embeddings), len(rows))
+            return self._of_listed_pairs(embeddings, rows, *pairs)
         if labels is None:
             raise ValueError("`labels` or `indices_tuple` must be given, got None for both")
         same = ref_emb is None or ref_labels is labels
-        own_row = torch.arange(len(labels), device=embeddings.device) if same else None
+        own_row = torch.arange(len(embeddings), device=embeddings.device) if same else None
         if ref_emb is None:
             ref_emb, ref_labels = embeddings, labels
         if ref_labels is None:
             raise ValueError("`ref_emb` needs `ref_labels` or `indices_tuple`, got None for both")
+        if not torch.is_autocast_enabled(embeddings.device.type):
+            check_same_dtype("ref_emb", ref_emb, embeddings.dtype, "`embeddings`")
         return self.by_labels(embeddings, labels, ref_emb, ref_labels, own_row)
 
     def by_labels(
@@ -107,42 +130,35 @@ class NTXentLoss(nn.Module):
         """The loss over all pairs; row own_row[a] is the anchor's own copy and no positive of
         it.
         """
-        labels = _as_labels("labels", labels, embeddings)
-        row_labels = _as_labels("ref_labels", row_labels, rows)
-        anchors, positives = _pairs_of_equal_label(labels, row_labels)
+        labels = as_labels("labels", labels, embeddings)
+        row_labels = as_labels("ref_labels", row_labels, rows, "R")
+        anchors, positives = pairs_of_equal_label(labels, row_labels)
         if own_row is not None:
             others = positives != own_row[anchors]
             anchors, positives = anchors[others], positives[others]
         if len(anchors) == 0:
-            return _nothing(embeddings)
+            return nothing(embeddings)
         log_sum = self._log_sum_over_negatives(embeddings, labels, rows, row_labels)
-        return _mean(self._logits(embeddings, rows, anchors, positives), log_sum[anchors])
+        return mean(self._logits(embeddings, rows, anchors, positives), log_sum[anchors])
 
     def _of_listed_pairs(
-        self, embeddings: Tensor, rows: Tensor, indices_tuple: Sequence[Tensor]
+        self,
+        embeddings: Tensor,
+        rows: Tensor,
+        anchors: Tensor,
+        positives: Tensor,
+        negative_anchors: Tensor,
+        negatives: Tensor,
     ) -> Tensor:
-        if len(indices_tuple) not in (3, 4):
-            raise ValueError(
-                f"`indices_tuple` must have 3 or 4 tensors, got {len(indices_tuple)} of them"
-            )
-        anchors, positives = indices_tuple[:2]
-        negative_anchors, negatives = (
-            indices_tuple[2:]
-            if len(indices_tuple) == 4
-            else (
-                anchors,
-                indices_tuple[2],
-            )
-        )
         if len(anchors) == 0 or len(negatives) == 0:
-            return _nothing(embeddings)
+            return nothing(embeddings)
         logits = self._logits(embeddings, rows, negative_anchors, negatives)
-        log_sum = _scatter_logsumexp(logits, negative_anchors, len(embeddings))
-        return _mean(self._logits(embeddings, rows, anchors, positives), log_sum[anchors])
+        log_sum = scatter_logsumexp(logits, negative_anchors, len(embeddings))
+        return mean(self._logits(embeddings, rows, anchors, positives), log_sum[anchors])
 
     def _logits(self, embeddings: Tensor, rows: Tensor, anchors: Tensor, others: Tensor) -> Tensor:
-        anchor_vectors = _unit(embeddings)[anchors]
-        return (anchor_vectors * _unit(rows[others])).sum(1) / self.temperature
+        anchor_vectors = unit(embeddings)[anchors]
+        return (anchor_vectors * unit(rows[others])).sum(1) / self.temperature
 
     def _log_sum_over_negatives(
         self, embeddings: Tensor, labels: Tensor, rows: Tensor, row_labels: Tensor
@@ -162,7 +178,7 @@ class NTXentLoss(nn.Module):
             labels=labels,
             negative_labels=row_labels,
         )
-        lowest = -_unit(embeddings).square().sum(1) / self.temperature
+        lowest = -unit(embeddings).square().sum(1) / self.temperature
         found = loss > 0
         loss = torch.where(found, loss, 1)  # keeps the gradient of the branch not taken finite
         return torch.where(found, lowest + loss + torch.log1p(-torch.exp(-loss)), -torch.inf)
@@ -213,11 +229,11 @@ class CrossBatchMemory(nn.Module):
             )
         _refuse("CrossBatchMemory", {**kwargs, "miner": miner}, {"miner": None})
         super().__init__()
-        check_count("embedding_size", embedding_size)
-        check_count("memory_size", memory_size)
         self.loss = loss
-        self.embedding_size = embedding_size
-        self.memory_size = memory_size
+        self.embedding_size = as_number(embedding_size)
+        self.memory_size = as_number(memory_size)
+        check_count("embedding_size", self.embedding_size)
+        check_count("memory_size", self.memory_size)
         self.reset_queue()
 
     def reset_queue(self) -> None:
@@ -237,14 +253,21 @@ class CrossBatchMemory(nn.Module):
         """The loss, a scalar; differentiable in embeddings.
 
         Args:
-            embeddings: (B, D), at most memory_size go into the memory.
+            embeddings: (B, D) with D=embedding_size, at most memory_size go into the memory.
             labels: (B,) integers.
             indices_tuple: only None.
             enqueue_mask: (B,) bool. Only these go into the memory, and only the others are anchors.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or value; the message names the argument.
+            NotImplementedError: `indices_tuple` is given.
         """
         if indices_tuple is not None:
             raise NotImplementedError("`indices_tuple` is not supported by CrossBatchMemory")
-        labels = _as_labels("labels", labels, embeddings)
+        check_rows("embeddings", embeddings, "B", self.embedding_size, "the `embedding_size`")
+        labels = as_labels("labels", labels, embeddings)
+        if enqueue_mask is not None:
+            check_mask("enqueue_mask", enqueue_mask, len(embeddings))
         self.embedding_memory = self.embedding_memory.to(embeddings)
         self.label_memory = self.label_memory.to(labels.device)
         own_row = None
@@ -287,45 +310,3 @@ def _refuse(
         if value not in (not_supported[name], None, False):
             instead = f": {_INSTEAD[name]}" if name in _INSTEAD else ""
             raise NotImplementedError(f"`{name}` is not supported{instead}")
-
-
-def _as_labels(name: str, labels: Tensor, rows: Tensor) -> Tensor:
-    check_tensor(name, labels)
-    check_integers(name, labels, f"(B,) with B={rows.shape[0]}", rows.shape[0])
-    return labels.to(rows.device, torch.int64)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return F.normalize(rows.to(wide), dim=1)
-
-
-def _pairs_of_equal_label(labels: Tensor, row_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Anchors and rows of all P pairs of equal label, (P,) each, without a B x R matrix."""
-    ordered, order = torch.sort(row_labels, stable=True)
-    first = torch.searchsorted(ordered, labels)
-    count = torch.searchsorted(ordered, labels, right=True) - first
-    anchors = torch.repeat_interleave(torch.arange(len(labels), device=labels.device), count)
-    place = torch.arange(len(anchors), device=labels.device) - (count.cumsum(0) - count)[anchors]
-    return anchors, order[first[anchors] + place]
-
-
-def _scatter_logsumexp(logits: Tensor, anchors: Tensor, B: int) -> Tensor:
-    """log sum of e^logit over each anchor's own logits, (B,); -inf for none."""
-    fixed = logits.detach()
-    largest = fixed.new_full((B,), -torch.inf).scatter_reduce(0, anchors, fixed, "amax")
-    parts = torch.exp(logits - largest[anchors])
-    total = torch.zeros_like(largest).index_add(0, anchors, parts)
-    return largest + torch.where(total > 0, total, 1).log()  # largest is -inf where total is 0
-
-
-def _nothing(embeddings: Tensor) -> Tensor:
-    """A loss of 0, with gradient 0."""
-    dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    return (0 * embeddings).sum(dtype=dtype)
-
-
-def _mean(positive_logits: Tensor, log_sums: Tensor) -> Tensor:
-    """The mean of log(e^{s+} + sum) - s+."""
-    excess = log_sums - positive_logits
-    return torch.logaddexp(excess, torch.zeros_like(excess)).mean()

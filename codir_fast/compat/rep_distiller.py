@@ -9,8 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codir_fast.checks import check_count, check_index, check_integers
+from codir_fast.checks import (
+    check_count,
+    check_float_dtype,
+    check_index,
+    check_integers,
+    check_number,
+    check_tensor,
+)
 from codir_fast.functional import contrastive_loss, estimate_log_partition
+from codir_fast.loss_arguments import as_number, check_temperature
 
 _Z_V1, _Z_V2 = 2, 3  # places in `params`
 
@@ -30,8 +38,8 @@ class ContrastMemory(nn.Module):
         inputSize: width of a row, D.
         outputSize: number of training examples, n.
         K: number of negatives per query.
-        T: temperature.
-        momentum: of the rows.
+        T: temperature, above 0.
+        momentum: of the rows, in [0, 1].
 
     Attributes:
         params: float (5,): K, T, Z_v1, Z_v2, momentum; Z is negative until it is set. The values
@@ -50,7 +58,9 @@ class ContrastMemory(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("inputSize", inputSize), ("outputSize", outputSize), ("K", K)):
-            check_count(name, value)
+            check_count(name, as_number(value))
+        check_temperature(T, "T")
+        _check_momentum("momentum", momentum)
         self.K = K
         self.register_buffer("params", torch.tensor([K, T, -1, -1, momentum]))
         bound = 1 / math.sqrt(inputSize / 3)
@@ -155,8 +165,8 @@ class CRDLoss(nn.Module):
 
     Args:
         opt: an object with s_dim, t_dim (widths of the two features), feat_dim (D), n_data (number
-            of training examples), nce_k (negatives per query), nce_t (temperature), nce_m (momentum
-            of the memory).
+            of training examples), nce_k (negatives per query), nce_t (temperature, above 0), nce_m
+            (momentum of the memory, in [0, 1]).
 
     Example:
         >>> criterion = CRDLoss(opt)
@@ -167,6 +177,10 @@ class CRDLoss(nn.Module):
 
     def __init__(self, opt: Any) -> None:
         super().__init__()
+        for name in ("s_dim", "t_dim", "feat_dim", "n_data", "nce_k"):
+            check_count(f"opt.{name}", as_number(getattr(opt, name)))
+        check_temperature(opt.nce_t, "opt.nce_t")
+        _check_momentum("opt.nce_m", opt.nce_m)
         self.embed_s = _Embed(opt.s_dim, opt.feat_dim)
         self.embed_t = _Embed(opt.t_dim, opt.feat_dim)
         self.contrast = ContrastMemory(opt.feat_dim, opt.n_data, opt.nce_k, opt.nce_t, opt.nce_m)
@@ -182,9 +196,15 @@ class CRDLoss(nn.Module):
             idx: (B,) integers in [0, n_data), the examples.
             contrast_idx: (B, nce_k + 1) integers, the positive's row first; None: idx, then nce_k
                 rows drawn uniformly.
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or value; the message names the argument.
         """
-        v_s, v_t = self.embed_s(f_s), self.embed_t(f_t)
         contrast = self.contrast
+        check_tensor("idx", idx)
+        for name, feature, embed in (("f_s", f_s, self.embed_s), ("f_t", f_t, self.embed_t)):
+            _check_feature(name, feature, idx.numel(), embed.linear.in_features)
+        v_s, v_t = self.embed_s(f_s), self.embed_t(f_t)
         rows = contrast.choose_rows(idx, contrast_idx, ("idx", "contrast_idx"))
         loss = self._one_way(v_s, contrast.memory_v2, rows, _Z_V1)
         loss = loss + self._one_way(v_t, contrast.memory_v1, rows, _Z_V2)
@@ -202,6 +222,23 @@ class CRDLoss(nn.Module):
             log_partition=self.contrast.log_partition(place, query, memory, rows),
             num_data=memory.shape[0],
             normalize=False,
+        )
+
+
+def _check_momentum(name: str, momentum: float) -> None:
+    m = as_number(momentum)
+    check_number(name, m)
+    if not 0 <= m <= 1:
+        raise ValueError(f"`{name}` must be in [0, 1], got {m}")
+
+
+def _check_feature(name: str, feature: Tensor, B: int, width: int) -> None:
+    check_tensor(name, feature)
+    check_float_dtype(name, feature.dtype)
+    if feature.ndim < 2 or feature.shape[0] != B or feature.shape[1:].numel() != width:
+        raise ValueError(
+            f"`{name}` must have shape (B, {width}), or one that flattens to it, with B={B} as "
+            f"`idx`, got {tuple(feature.shape)}"
         )
 
 

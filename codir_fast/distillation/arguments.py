@@ -19,13 +19,13 @@ class PlainTextArguments:
     """How texts are read."""
 
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
-    max_seq_length: int = field(
-        default=128,
-        metadata={"help": "Tokens of a text that are read, no more than the model takes."},
+    max_seq_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a text that are read: 128, or as many as the model takes."},
     )
 
     def __post_init__(self) -> None:
-        if self.max_seq_length < 1:
+        if self.max_seq_length is not None and self.max_seq_length < 1:
             raise ValueError(f"`max_seq_length` must be at least 1, got {self.max_seq_length}")
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerState, set_seed
 from transformers.optimization import Adafactor
 from transformers.trainer import TRAINER_STATE_NAME
@@ -13,6 +14,7 @@ from transformers.training_args import OptimizerNames
 from codir_fast.collectives import gather_bytes, ranks_of
 from codir_fast.distillation.arguments import say
 from codir_fast.distillation.checkpoint import (
+    advice,
     last_whole_checkpoint,
     refusing,
     remove_leftovers,
@@ -40,7 +42,7 @@ from codir_fast.distillation.training_state import (
     set_random_state,
     tree_bytes,
 )
-from codir_fast.errors import UsageError
+from codir_fast.errors import Diverged, UsageError
 
 ARGUMENTS_FILE = "training_arguments.json"
 STATE_FILE = "training_state.safetensors"
@@ -103,7 +105,24 @@ class CheckpointedTrainer(Trainer):
             resume_from_checkpoint = str(directory)
         if self.args.should_save:
             remove_leftovers(output)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        self._check_weights()
+        return result
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self._check_weights()
+        super().save_model(*args, **kwargs)
+
+    def _check_weights(self) -> None:
+        """Raises Diverged where a weight is no number: nothing of it is saved."""
+        weights = dict(self._module().named_parameters())
+        is_finite = torch.stack([weight.detach().isfinite().all() for weight in weights.values()])
+        if not bool(is_finite.all()):
+            name = list(weights)[int(is_finite.logical_not().nonzero()[0])]
+            raise Diverged(
+                f"training diverged: {name} is not finite after step {self.state.global_step}; a "
+                f"lower `learning_rate` may help{advice(Path(str(self.args.output_dir)))}"
+            )
 
     def _module(self) -> Any:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -20,7 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from codir_fast.distillation.arguments import DataArguments, SourceArguments, TextArguments
 from codir_fast.distillation.labels import check_label_column
-from codir_fast.errors import UsageError
+from codir_fast.errors import SaveError, UsageError, is_full
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -110,6 +110,8 @@ def reading(
         raise
     except errors as error:
         kind, cause = Path(path).suffix.lower(), error.__cause__ or error
+        if is_full(error):
+            raise SaveError(f"`{name}` {path} can't be kept in datasets' cache: {cause}") from error
         wanted = f" as {kind[1:]}" if kind else ""
         raise UsageError(f"`{name}` can't be read{wanted}, {path}: {cause}") from error
 
@@ -188,21 +190,19 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[int | float],
     max_length: int,
-    model_max_length: int,
 ) -> Dataset:
-    """Columns of the tokenizer, labels, and index: the number of the example. Of pairs the longer
-    text is cut first.
+    """Columns of the tokenizer, labels, and index: the number of the example. Texts are cut to
+    `max_length` tokens, of pairs the longer one first.
     """
-    tokens = tokenize_texts(examples, tokenizer, min(max_length, model_max_length))
+    tokens = tokenize_texts(examples, tokenizer, max_length)
     return tokens.add_column("labels", labels).add_column("index", list(range(len(labels))))
 
 
 def tokenize_texts(examples: Any, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Any:
     """Columns of the tokenizer instead of those of `examples`, a Dataset or an IterableDataset."""
-    longest = min(max_length, tokenizer.model_max_length)
 
     def encode(batch: dict[str, list[str]]) -> Any:
-        return tokenizer(batch["text"], batch.get("pair"), truncation=True, max_length=longest)
+        return tokenizer(batch["text"], batch.get("pair"), truncation=True, max_length=max_length)
 
     given = examples.column_names or ["text"]  # a stream does not know them
     bar = {"desc": "Tokenize"} if isinstance(examples, Dataset) else {}

@@ -17,7 +17,7 @@ from codir_fast.distillation.data import (
     tokenize,
 )
 from codir_fast.distillation.early_stopping import StoppingArguments
-from codir_fast.distillation.ignored_flags import check_ignored_terms
+from codir_fast.distillation.ignored_flags import check_ignored_of_task, check_ignored_terms
 from codir_fast.distillation.labels import class_names, read_labels
 from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import (
@@ -29,6 +29,7 @@ from codir_fast.distillation.loading import (
 )
 from codir_fast.distillation.metrics import metrics_for
 from codir_fast.distillation.model import DistillationModel
+from codir_fast.distillation.objectives import is_regression
 from codir_fast.distillation.output_folder import (
     OutputArguments,
     check_output,
@@ -45,7 +46,7 @@ from codir_fast.distillation.teacher_cache import (
 from codir_fast.distillation.trainer import DistillationTrainer, check_arguments, load_checkpoint
 from codir_fast.distillation.training import train_and_save
 from codir_fast.distillation.training_checks import check_task_arguments, check_training_arguments
-from codir_fast.errors import UsageError
+from codir_fast.errors import SaveError, UsageError, is_full
 
 
 @dataclass
@@ -123,6 +124,7 @@ def run(arguments: list[str]) -> int:
     tokenizer = load_tokenizer("teacher", models.teacher)
     teacher = load_trained_classifier("teacher", models.teacher)
     check_task_arguments(training, teacher.config)
+    check_ignored_of_task(is_regression(teacher.config), args.given_flags(arguments))
     train, validation = load_examples(data, training.seed)
     check_evaluation(training, validation)
     check_batches(training, train)
@@ -134,11 +136,11 @@ def run(arguments: list[str]) -> int:
         model = DistillationModel(student, teacher, config, torch.tensor(labels), group)
         if resume is not None:  # Trainer loads it again, after it has made the output folder
             load_checkpoint(model, Path(resume))
-    longest = longest_text(data, tokenizer, student, teacher)
-    train_set = tokenize(train, tokenizer, labels, data.max_seq_length, longest)
+    data.max_seq_length = longest_text(data, tokenizer, student, teacher)
+    train_set = tokenize(train, tokenizer, labels, data.max_seq_length)
     eval_set = None
     if validation is not None:
-        eval_set = tokenize(validation, tokenizer, eval_labels, data.max_seq_length, longest)
+        eval_set = tokenize(validation, tokenizer, eval_labels, data.max_seq_length)
     collator = TeacherCollator(tokenizer)
     if models.cache_teacher:
         train_set = _cached(models, model, train_set, collator, training)
@@ -193,7 +195,8 @@ def _cached(
     except ValueError as error:
         raise UsageError(f"distill: {error}") from error
     except OSError as error:
-        raise UsageError(f"`teacher_cache_dir` {directory} can't be written: {error}") from error
+        kind = SaveError if is_full(error) else UsageError
+        raise kind(f"`teacher_cache_dir` {directory} can't be written: {error}") from error
     model.release_teacher()
     return cached
 

@@ -1,6 +1,7 @@
 """`codir-fast evaluate`: accuracy, loss and latency of a classifier on labelled texts."""
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -76,8 +77,13 @@ def measure(options: EvaluateArguments, data: args.TextArguments) -> dict[str, f
         check_same_words("teacher", options.teacher, tokenizer)
     sides = [model] if teacher is None else [model, teacher]
     longest = longest_text(data, tokenizer, *sides)
-    tokens = tokenize(examples, tokenizer, labels, data.max_seq_length, longest)
-    return evaluate(model, tokens, tokenizer, options.batch_size, options.device, teacher)
+    tokens = tokenize(examples, tokenizer, labels, longest)
+    result = evaluate(model, tokens, tokenizer, options.batch_size, options.device, teacher)
+    for key, value in result.items():
+        if not math.isfinite(value):  # the loss comes before what compares with the teacher
+            flag = "model_name_or_path" if "loss" in key else "teacher"
+            raise UsageError(f"`{flag}` must give finite outputs, {key} is {value}")
+    return result
 
 
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, name: str) -> None:
@@ -138,9 +144,10 @@ def evaluate(
         if teacher is not None:
             expected.append(teacher(**inputs).logits.float().cpu())
     given, wanted = torch.cat(outputs), torch.cat(labels)
-    result = output_scores(given, wanted) | {
-        "n": len(lengths),
+    result = {
         "loss": float(label_loss(given, wanted)),
+        **output_scores(given, wanted),
+        "n": len(lengths),
         "milliseconds_per_sentence": 1000 * seconds / len(lengths),
     }
     return result if teacher is None else result | teacher_scores(given, torch.cat(expected))

@@ -87,10 +87,9 @@ def run(arguments: list[str]) -> int:
     if validation is not None:
         given.append((validation, read_labels(validation, "validation_file", config)))
     model = load_new_classifier("model_name_or_path", name, **outputs)
-    longest = longest_text(data, tokenizer, model)
+    data.max_seq_length = longest_text(data, tokenizer, model)
     sets = [
-        tokenize(examples, tokenizer, labels, data.max_seq_length, longest)
-        for examples, labels in given
+        tokenize(examples, tokenizer, labels, data.max_seq_length) for examples, labels in given
     ]
     with args.usage_errors("finetune"):
         trainer = ResumableTrainer(

@@ -5,7 +5,10 @@ examples depends on them.
 from collections.abc import Sized
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainingArguments
+
+from codir_fast.distillation.fingerprint import hash_tokens
 
 OF_OPTIMIZER = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim"),
@@ -17,6 +20,9 @@ OF_ORDER = (
 )
 # Not of TrainingArguments, and in words.
 EXAMPLES, BATCH = "the number of training examples", "the batch size of all processes"
+TEACHER = "the teacher"
+TOKENS = "the tokens of the training examples"
+SAMPLE = 1000  # examples whose tokens are looked at
 
 
 def fixed_settings(training: TrainingArguments, batch_size: int, examples: Any) -> dict[str, Any]:
@@ -31,7 +37,15 @@ def fixed_settings(training: TrainingArguments, batch_size: int, examples: Any) 
         **{name: known[name] for name in (*OF_OPTIMIZER, *OF_ORDER)},
         BATCH: batch_size * training.world_size,
         EXAMPLES: len(examples) if isinstance(examples, Sized) else None,
+        TOKENS: _hash_sample(examples),
     }
+
+
+def _hash_sample(examples: Any) -> str | None:
+    if not isinstance(examples, Dataset) or "input_ids" not in examples.column_names:
+        return None
+    step = max(1, len(examples) // SAMPLE)
+    return hash_tokens(examples.select(range(0, len(examples), step)))
 
 
 def check_fixed_settings(saved: dict[str, Any], own: dict[str, Any], *, keeps_place: bool) -> None:
@@ -45,3 +59,7 @@ def check_fixed_settings(saved: dict[str, Any], own: dict[str, Any], *, keeps_pl
         if saved[name] != own[name]:
             shown = name if name in (BATCH, EXAMPLES) else f"`{name}`"
             raise ValueError(f"{shown} was {saved[name]}, and is {own[name]} now")
+    if saved.get(TEACHER) != own.get(TEACHER):
+        raise ValueError(f"{TEACHER} is another one")
+    if keeps_place and saved[TOKENS] != own[TOKENS]:
+        raise ValueError(f"{TOKENS} are others: of other texts, or another `max_seq_length`")

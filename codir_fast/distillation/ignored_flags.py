@@ -10,6 +10,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames, ParallelMode
 
+from codir_fast.distillation.objectives import WITHOUT_MEANING
 from codir_fast.distillation.output_folder import resumes
 from codir_fast.errors import UsageError
 
@@ -80,14 +81,32 @@ def check_ignored_terms(config: Any, given: Mapping[str, str]) -> None:
         UsageError: one of them has no effect in this run.
     """
     contrast, layers = config.codir_weight > 0, config.codir_weight > 0 or config.pkd_weight > 0
+    teaches = layers or config.kd_weight > 0
+    other_labels = getattr(config, "negatives", "other_labels") == "other_labels"
+    of_layers = "`codir_weight` > 0 or `pkd_weight` > 0"
     for names, is_met, needed in (
         (OF_CONTRAST, contrast, "`codir_weight` > 0"),
-        (("pooling",), layers, "`codir_weight` > 0 or `pkd_weight` > 0"),
+        (("pooling",), layers, of_layers),
+        (("layer_mapping",), layers or "student_layers" in given, f"`student_layers`, {of_layers}"),
+        (("label_bins",), other_labels, "`negatives` other_labels"),
+        (("cache_teacher",), teaches, f"`kd_weight` > 0, {of_layers}"),
         (("kd_temperature",), config.kd_weight > 0, "`kd_weight` > 0"),
     ):
         for name in names:
             if {name, f"no_{name}"} & given.keys() and not is_met:
                 raise UsageError(f"`{name}` needs {needed}")
+
+
+def check_ignored_of_task(regression: bool, given: Mapping[str, str]) -> None:
+    """Refuses flags that have no meaning for the teacher's task; `given` as for
+    check_ignored_flags.
+
+    Raises:
+        UsageError: one of them was given.
+    """
+    name, task = WITHOUT_MEANING[regression]
+    if name in given:
+        raise UsageError(f"`{name}` has no meaning where the teacher is one of {task}")
 
 
 def _own_name(flag: str) -> str:

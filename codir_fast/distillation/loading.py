@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -21,12 +22,17 @@ from codir_fast.distillation.manifest import is_inside
 from codir_fast.distillation.objectives import check_task
 from codir_fast.errors import UsageError
 
+# In float32 whatever they are stored in: --bf16 and --fp16 say how a run computes.
+OF_WEIGHTS: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
+
 
 def load_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
     tokenizer = _load(flag, name, AutoTokenizer)
     # Without its files, transformers makes an empty one: every word would be unknown.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UsageError(f"`{flag}` must have a tokenizer, {name} has no vocabulary")
+    if tokenizer.pad_token is None:
+        raise UsageError(f"`{flag}` must have a tokenizer with a pad token, {name} names none")
     return tokenizer
 
 
@@ -53,7 +59,7 @@ def load_config(flag: str, name: str) -> PretrainedConfig:
 
 def load_classifier(flag: str, name: str, **options: Any) -> Any:
     """A sequence classifier; its classifier may be new, where the checkpoint has none."""
-    loaded = _load(flag, name, AutoModelForSequenceClassification, use_safetensors=True, **options)
+    loaded = _load(flag, name, AutoModelForSequenceClassification, **OF_WEIGHTS, **options)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if model.config.is_encoder_decoder:
         raise UsageError(f"`{flag}` must be an encoder, {name} has a decoder too")
@@ -106,7 +112,7 @@ def load_encoder(flag: str, name: str) -> PreTrainedModel:
     """The layers of a model of any task, all of whose weights come from the checkpoint; a pooler
     may be new, which no hidden state depends on.
     """
-    model, report = _load(flag, name, AutoModel, use_safetensors=True, output_loading_info=True)
+    model, report = _load(flag, name, AutoModel, **OF_WEIGHTS, output_loading_info=True)
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if missing:
         raise UsageError(f"`{flag}` must be a trained encoder, {name} lacks {', '.join(missing)}")
@@ -146,9 +152,7 @@ def check_index(directory: Path) -> None:
 
 def load_masked_lm(flag: str, name: str) -> tuple[PreTrainedModel, list[str]]:
     """A masked language model, and which of its weights are new: not in the checkpoint."""
-    model, report = _load(
-        flag, name, AutoModelForMaskedLM, use_safetensors=True, output_loading_info=True
-    )
+    model, report = _load(flag, name, AutoModelForMaskedLM, **OF_WEIGHTS, output_loading_info=True)
     _check_layers(flag, name, model, report)
     return model, sorted(report["missing_keys"])
 

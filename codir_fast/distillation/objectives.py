@@ -14,6 +14,8 @@ from codir_fast.checks import check_tensor
 from codir_fast.distillation.config import DistillationConfig
 
 REGRESSION, CLASSIFICATION = "regression", "single_label_classification"
+# Whether it is regression -> the setting that has no meaning there, and what "there" is.
+WITHOUT_MEANING = {True: ("kd_temperature", "regression"), False: ("label_bins", "classes")}
 
 
 def is_regression(config: PretrainedConfig) -> bool:
@@ -32,7 +34,7 @@ def check_task(name: str, config: PretrainedConfig) -> None:
 
 def check_settings(config: DistillationConfig, regression: bool) -> None:
     """Raises ValueError for a setting that has no meaning for the task."""
-    name, task = ("kd_temperature", "regression") if regression else ("label_bins", "classes")
+    name, task = WITHOUT_MEANING[regression]
     given, default = getattr(config, name), _default(DistillationConfig, name)
     if given != default:
         raise ValueError(f"`{name}` has no meaning where the teacher is one of {task}, got {given}")

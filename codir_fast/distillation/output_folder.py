@@ -35,8 +35,7 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
         raise UsageError("`output_dir` must be given")
     directory = Path(training.output_dir)
     keep_timeout(training)
-    used = directory.is_dir() and not all(map(_is_of_a_start, directory.iterdir()))
-    if used and not (output.overwrite_output_dir or resumes(training)):
+    if _is_used(directory) and not (output.overwrite_output_dir or resumes(training)):
         raise UsageError(
             f"`output_dir` must be empty, {directory} is not; give --overwrite_output_dir to write "
             "into it or --resume_from_checkpoint to go on"
@@ -46,6 +45,13 @@ def check_output(training: TrainingArguments, output: OutputArguments) -> None:
         if training.should_save:
             _check_writable(directory)
         wait_for_all(training)  # the others end here where the first one may not write
+
+
+def _is_used(directory: Path) -> bool:
+    try:
+        return directory.is_dir() and not all(map(_is_of_a_start, directory.iterdir()))
+    except (OSError, ValueError):  # no folder, and none that can be made, which is told after
+        return False
 
 
 def _is_of_a_start(path: Path) -> bool:

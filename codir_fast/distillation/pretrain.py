@@ -120,15 +120,15 @@ def run(arguments: list[str]) -> int:
             f"`queue_size` {config.queue_size} is not below the {len(train)} training texts: from "
             "the second epoch on a text meets its own embedding of before among the negatives"
         )
-    longest = min(data.max_seq_length, longest_text(data, tokenizer, student, teacher or student))
+    data.max_seq_length = longest_text(data, tokenizer, student, teacher or student)
     with args.usage_errors("pretrain"):
         trainer = PretrainingTrainer(
             model,
             training,
-            train_dataset=tokenize_texts(train, tokenizer, longest),
+            train_dataset=tokenize_texts(train, tokenizer, data.max_seq_length),
             eval_dataset=None
             if validation is None
-            else tokenize_texts(validation, tokenizer, longest),
+            else tokenize_texts(validation, tokenizer, data.max_seq_length),
             data_collator=DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
             callbacks=stopping.callbacks(),

@@ -9,9 +9,10 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr
 from dataclasses import asdict
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,36 +33,42 @@ from codir_fast.distillation.lengths import longest_text
 from codir_fast.distillation.loading import load_tokenizer, load_trained_classifier
 from codir_fast.distillation.objectives import is_regression
 from codir_fast.distillation.scores import calibrated_scores, predict
-from codir_fast.distillation.study_plan import Run, Study, read_study, runs_of, trials_of
-from codir_fast.distillation.study_report import write_report
-from codir_fast.errors import UsageError
+from codir_fast.distillation.study_lines import add_lines, fault_of, lines_of, read_lines
+from codir_fast.distillation.study_plan import (
+    SPLITS,
+    Run,
+    Study,
+    read_study,
+    runs_of,
+    trials_of,
+)
+from codir_fast.distillation.study_report import Line, write_report
+from codir_fast.errors import Diverged, SaveError, UsageError
 
 RUNS, TRIALS, LOGITS, WORK = "runs.jsonl", "trials.jsonl", "logits", "work"
-SPLITS = ("validation", "test")
 
 
 def run(arguments: list[str]) -> int:
-    """Runs what is missing, then writes table.md and pictures from all lines."""
+    """Runs what is missing, then writes table.md and pictures of all runs that have a line."""
     options = _parse(arguments)
     study = read_study(options.config)
-    _check_names("regimes", options.regimes, study.regimes)
-    _check_names("arms", options.arms, study.arms)
-    _check_names("reference", [options.reference or study.reference], study.arms)
-    tasks = trials_of(study) if options.trials else runs_of(study, options.regimes or study.regimes)
-    wanted = [task for task in tasks if not options.arms or task.arm in options.arms]
+    tasks = list(trials_of(study) if options.trials else runs_of(study))
+    wanted = _wanted(options, study, tasks)
     output = Path(options.output_dir)
     _check(study, wanted, output)
     inputs = _hash_inputs(study)
     _make_folder(output)
     lines = output / (TRIALS if options.trials else RUNS)
     done = {line["key"] for line in read_lines(lines)}
-    missing = [(task, task.key(inputs)) for task in wanted if task.key(inputs) not in done]
+    # By key: arms of the same settings are one run.
+    missing = {task.key(inputs): task for task in wanted if task.key(inputs) not in done}
     if missing:
         teacher = _teacher_logits(study, inputs, output)
-        _run_all(study, missing, output, lines, teacher, options.jobs)
-    keys = [task.key(inputs) for task in wanted]
-    rows = [row for row in read_lines(lines) if row["key"] in keys]
-    print(write_report(rows, options.reference or study.reference, output, trials=options.trials))
+        results = _results(study, missing, output, teacher, options.jobs)
+        add_lines(lines, tqdm(results, "Study", len(missing), unit="run"))
+    rows = lines_of([(task, task.key(inputs)) for task in tasks], read_lines(lines))
+    reference = options.reference or study.reference
+    print(write_report(rows, reference, output, trials=options.trials))
     return 0
 
 
@@ -75,8 +82,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("config", help="the study, a YAML file")
     parser.add_argument("--output_dir", required=True, help="of lines, logits, table and pictures")
     parser.add_argument("--trials", action="store_true", help="run the trials, not the arms")
-    parser.add_argument("--regimes", nargs="+", default=[], help="these alone")
-    parser.add_argument("--arms", nargs="+", default=[], help="these alone")
+    parser.add_argument("--regimes", nargs="+", default=[], help="make runs of these alone")
+    parser.add_argument("--arms", nargs="+", default=[], help="make runs of these alone")
     parser.add_argument("--reference", help="the arm that differences are taken to, another one")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     options = parser.parse_args(arguments)
@@ -85,21 +92,41 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _wanted(options: argparse.Namespace, study: Study, tasks: list[Run]) -> list[Run]:
+    """The runs to make: those that --arms and --regimes name, or all."""
+    if not tasks:
+        needed = "`trials` and `trial_seeds`" if options.trials else "`arms`, `regimes` and `seeds`"
+        raise UsageError(f"study: there is nothing to run in {options.config}: it needs {needed}")
+    _check_names("regimes", options.regimes, [task.regime for task in tasks])
+    _check_names("arms", options.arms, [task.arm for task in tasks])
+    _check_names("reference", [options.reference or study.reference], study.arms)
+    return [
+        task
+        for task in tasks
+        if task.arm in (options.arms or [task.arm])
+        and task.regime in (options.regimes or [task.regime])
+    ]
+
+
 def _check_names(flag: str, names: list[str], known: Iterable[str]) -> None:
+    known = list(dict.fromkeys(known))
     for unknown in set(names) - set(known):
-        raise UsageError(f"study: `{flag}` must be of {list(known)}, got {unknown!r}")
+        raise UsageError(f"study: `{flag}` must be of {known}, got {unknown!r}")
 
 
 def _check(study: Study, wanted: list[Run], output: Path) -> None:
     """Refuses flags that distill would refuse, before the first run is made."""
     seen = []
     for task in wanted:
-        if task.settings not in seen:
-            seen.append(task.settings)
-            try:
-                distill.read_flags(_flags(study, task, output, output))
-            except UsageError as error:
-                raise UsageError(f"study: arm {task.arm}: {error}") from error
+        if task.settings in seen:
+            continue
+        seen.append(task.settings)
+        try:
+            *_, training = distill.read_flags(_flags(study, task, output, output))
+            if training.max_steps < 1 and not training.num_train_epochs:
+                raise UsageError("`num_train_epochs` must be above 0: there would be no step")
+        except UsageError as error:
+            raise UsageError(f"study: arm {task.arm}, regime {task.regime}: {error}") from error
 
 
 def _make_folder(output: Path) -> None:
@@ -122,83 +149,54 @@ def _hash_inputs(study: Study) -> str:
     return digest.hexdigest()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, but for a last one that was cut off."""
-    lines = path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.endswith("\n"):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise UsageError(f"study: line {number} of {path} is no JSON: {error}") from error
-    return rows
-
-
-def _run_all(
-    study: Study,
-    missing: list[tuple[Run, str]],
-    output: Path,
-    lines: Path,
-    teacher: Path,
-    jobs: int,
-) -> None:
-    _end_last_line(lines)
-    results = _results(study, missing, output, teacher, jobs)
-    with lines.open("a", encoding="utf-8") as file:
-        for line in tqdm(results, "Study", len(missing), unit="run"):
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-
-
 def _results(
-    study: Study, missing: list[tuple[Run, str]], output: Path, teacher: Path, jobs: int
-) -> Iterator[dict[str, Any]]:
-    """Lines of runs, as they are done."""
+    study: Study, missing: dict[str, Run], output: Path, teacher: Path, jobs: int
+) -> Iterator[Line]:
+    """Lines of runs, as they are done; once one has failed, those of the runs beside it."""
     if jobs == 1:
-        for task, key in missing:
+        for key, task in missing.items():
             yield distil(study, task, key, output, teacher)
         return
     threads = max(1, torch.get_num_threads() // jobs)
     # Spawned: a fork after torch has started its threads may hang.
     context = get_context("spawn")
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-        waiting = [pool.submit(distil, study, *task, output, teacher) for task in missing]
-        try:
-            for done in as_completed(waiting):
-                yield done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        # No more than can run: the pool would start those that wait even after a failure.
+        start = (pool.submit(distil, study, missing[k], k, output, teacher) for k in missing)
+        running, failure = set(islice(start, jobs)), None
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                failure = failure or future.exception()
+                if future.exception() is None:
+                    yield future.result()
+            if failure is None:
+                running |= set(islice(start, len(done)))
+        if failure is not None:
+            raise failure
 
 
-def _end_last_line(lines: Path) -> None:
-    """Cuts off a last line that an earlier run did not finish."""
-    if lines.is_file():
-        content = lines.read_bytes()
-        lines.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
-def distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> dict[str, Any]:
+def distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> Line:
     """Makes one run; its line. The student's logits are kept, its weights are not."""
+    try:
+        return _distil(study, task, key, output, teacher)
+    except (UsageError, SaveError, Diverged) as error:
+        raise type(error)(f"study: {task}: {error}") from error
+
+
+def _distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> Line:
     folder = output / WORK / key
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     student = folder / "student"
     with (folder / "log.txt").open("w", encoding="utf-8") as log, redirect_stderr(log):
-        try:
-            distill.run(_flags(study, task, student, output))
-        except UsageError as error:
-            raise UsageError(f"study: arm {task.arm}, seed {task.seed}: {error}") from error
+        distill.run(_flags(study, task, student, output))
     logits = {name: classify(str(student), study, name) for name in SPLITS}
-    save_file(
-        {name: rows for name, (rows, _) in logits.items()}, output / LOGITS / f"{key}.safetensors"
-    )
     metrics, state = (
         json.loads((student / name).read_text(encoding="utf-8"))
         for name in ("metrics.json", "trainer_state.json")
     )
-    shutil.rmtree(folder)
-    return {
+    line = {
         "key": key,
         "arm": task.arm,
         "regime": task.regime,
@@ -208,21 +206,42 @@ def distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> di
         "steps": state["global_step"],
         "seconds_per_step": metrics["train_runtime"] / state["global_step"],
     }
+    if fault := fault_of(line):
+        raise Diverged(fault)
+    save_file(
+        {name: rows for name, (rows, _) in logits.items()}, output / LOGITS / f"{key}.safetensors"
+    )
+    shutil.rmtree(folder)
+    return line
 
 
 def _flags(study: Study, task: Run, student: Path, output: Path) -> list[str]:
-    settings = {
+    """Of distill; the teacher's outputs are kept for all runs, where the run looks at them."""
+    settings = {  # those that are not to be changed are in study_plan.REFUSED
         "teacher": study.teacher,
         "train_file": study.train_file,
         "output_dir": student,
         "seed": task.seed,
-        "cache_teacher": True,
-        "teacher_cache_dir": output / WORK / "teacher",
         "save_strategy": "no",
         "disable_tqdm": True,
         "report_to": "none",
         **task.settings,
     }
+    if task.settings.get("cache_teacher", _learns_from_teacher(settings)):
+        settings = {
+            "cache_teacher": True,
+            "teacher_cache_dir": output / WORK / "teacher",
+            **settings,
+        }
+    return _as_flags(settings)
+
+
+def _learns_from_teacher(settings: dict[str, Any]) -> bool:
+    config = distill.read_flags(_as_flags(settings))[1]
+    return any(getattr(config, name) > 0 for name in config.WEIGHTS if name != "ce_weight")
+
+
+def _as_flags(settings: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
@@ -238,7 +257,7 @@ def classify(model: str, study: Study, split: str) -> tuple[Tensor, Tensor]:
         )
     labels = read_labels(examples, name, classifier.config)
     longest = longest_text(data, tokenizer, classifier)
-    tokens = tokenize(examples, tokenizer, labels, data.max_seq_length, longest)
+    tokens = tokenize(examples, tokenizer, labels, longest)
     return predict(classifier, tokens, tokenizer), torch.tensor(labels)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,22 @@ import yaml
 from codir_fast.distillation.arguments import TextArguments
 from codir_fast.errors import UsageError
 
+SPLITS = ("validation", "test")
 OF_TEXTS = {field.name for field in fields(TextArguments)}
+# Flags of distill that are no settings of a run, and why: a study gives them itself, or judges its
+# runs otherwise.
+REFUSED = {
+    "seed": "seeds are those of `seeds` and `trial_seeds`",
+    **dict.fromkeys(("teacher", "train_file"), "the study has one for all runs"),
+    **dict.fromkeys(
+        ("output_dir", "overwrite_output_dir", "teacher_cache_dir", "resume_from_checkpoint"),
+        "the study has a folder for each run, and starts it anew",
+    ),
+    **dict.fromkeys(
+        ("validation_file", "validation_split", "dataset_name", "dataset_config"),
+        "texts are those of the study's `train_file`, `validation_file` and `test_file`",
+    ),
+}
 
 
 @dataclass
@@ -68,30 +83,51 @@ class Study:
         self.texts()
 
     def _check_groups(self) -> None:
-        groups: list[tuple[str, dict[Any, Any]]] = [("regimes", self.regimes), ("arms", self.arms)]
-        groups += [("trials", dict(enumerate(tried))) for tried in self._tried()]
-        for name, group in groups:
-            for key, settings in group.items():
-                if not isinstance(settings, dict):
-                    raise ValueError(
-                        f"`{name}` must hold mappings of settings, {key!r} is {settings!r}"
-                    )
-                if shared := sorted(OF_TEXTS & settings.keys()):
-                    raise ValueError(
-                        f"`{shared[0]}` must be in the `settings` of all runs, which are judged on "
-                        f"the same texts, not of {key!r} in `{name}`"
-                    )
+        _check_settings("`settings`", self.settings)
+        for group, name, settings in self._groups():
+            if not isinstance(settings, dict):
+                raise ValueError(
+                    f"`{group}` must hold mappings of settings, {name} is {settings!r}"
+                )
+            _check_settings(f"{name} in `{group}`", settings)
+            if shared := sorted(OF_TEXTS & settings.keys()):
+                raise ValueError(
+                    f"`{shared[0]}` must be in the `settings` of all runs, which are judged on the "
+                    f"same texts, not of {name} in `{group}`"
+                )
 
-    def _tried(self) -> Iterator[list[Any]]:
+    def _groups(self) -> Iterator[tuple[str, str, Any]]:
+        """Where settings of some runs stand, and what stands there."""
+        for group in ("regimes", "arms", "trials"):
+            for name in getattr(self, group):
+                if not isinstance(name, str):
+                    raise ValueError(f"`{group}` must have names that are text, got {name!r}")
+        for group in ("regimes", "arms"):
+            for name, settings in getattr(self, group).items():
+                yield group, repr(name), settings
         for arm, tried in self.trials.items():
             if not isinstance(tried, list):
                 raise ValueError(f"`trials` must hold lists, {arm!r} is {tried!r}")
-            yield tried
+            for number, settings in enumerate(tried, 1):
+                yield "trials", f"{number} of {arm!r}", settings
 
     def texts(self) -> TextArguments:
         """How texts are read, by runs and when they are judged."""
         given = {name: self.settings[name] for name in OF_TEXTS & self.settings.keys()}
         return TextArguments(**given)
+
+
+def _check_settings(place: str, settings: dict[Any, Any]) -> None:
+    """Refuses what is no setting of a run, or would be another one when it is a flag."""
+    for name in settings:
+        if not str(name).isidentifier():
+            raise ValueError(f"{place} must hold flags' names with underscores, got {name!r}")
+        if name in REFUSED:
+            raise ValueError(f"`{name}` can't be in {place}: {REFUSED[name]}")
+    try:
+        json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place} must hold texts, numbers and switches: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -102,6 +138,9 @@ class Run:
     regime: str
     seed: int
     settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"arm {self.arm}, regime {self.regime}, seed {self.seed}"
 
     def key(self, inputs: str) -> str:
         """Tells runs apart by settings, seed and the contents of the files they read."""
@@ -127,9 +166,9 @@ def read_study(path: str) -> Study:
         raise UsageError(f"study: {path}: {error}") from error
 
 
-def runs_of(study: Study, regimes: Iterable[str]) -> Iterator[Run]:
+def runs_of(study: Study) -> Iterator[Run]:
     """Seed by seed, so that arms can be compared early."""
-    for regime in regimes:
+    for regime in study.regimes:
         for seed in study.seeds:
             for arm, settings in study.arms.items():
                 yield _task(study, arm, regime, seed, settings)

@@ -17,12 +17,12 @@ import numpy
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedModel
+from transformers import DataCollatorWithPadding
 
 from codir_fast.distillation.arguments import say
+from codir_fast.distillation.fingerprint import INPUTS, canonical, hash_tokens
 from codir_fast.distillation.manifest import verify, write_manifest
 from codir_fast.distillation.model import DistillationModel
-from codir_fast.distillation.teacher_student import INPUTS
 
 FORMAT = 1  # of the files; another number makes other folders
 COLUMNS = ("teacher_logits", "teacher_features")
@@ -78,7 +78,7 @@ def with_teacher_outputs(
         ValueError: an output of the teacher is not finite.
     """
     parts = _parts(model, tokens, dtype)
-    key = hashlib.sha256(_canonical(parts).encode()).hexdigest()[:32]
+    key = hashlib.sha256(canonical(parts).encode()).hexdigest()[:32]
     folder = directory / key
     for is_mine in turns:
         fault = _fault(folder, parts) if is_mine else None
@@ -194,33 +194,9 @@ def _parts(model: DistillationModel, tokens: Dataset, dtype: torch.dtype) -> dic
     sees_layers = model.sees_layers
     return {
         "format": FORMAT,
-        "teacher": _hash_weights(model.teacher),
-        "tokens": _hash_tokens(tokens),
+        "teacher": model.teacher_hash,
+        "tokens": hash_tokens(tokens),
         "layers": model.teacher_layers if sees_layers else [],
         "pooling": model.distillation_config.pooling if sees_layers else "",
         "dtype": str(dtype),
     }
-
-
-def _hash_weights(teacher: PreTrainedModel) -> str:
-    digest = hashlib.sha256(type(teacher).__name__.encode())
-    config = teacher.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):  # where it lay, who wrote it
-        config.pop(name, None)
-    digest.update(_canonical(config).encode())
-    for name, value in sorted(teacher.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _hash_tokens(tokens: Dataset) -> str:
-    digest = hashlib.sha256()
-    names = [name for name in INPUTS if name in tokens.column_names]
-    for batch in tokens.select_columns(names).iter(1000):
-        digest.update(_canonical(batch).encode())
-    return digest.hexdigest()
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, default=str)

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from codir_fast.bank_rows import SHARD_MARK
 from codir_fast.distillation.config import LayerConfig
 from codir_fast.distillation.contrast import LayerContrast
+from codir_fast.distillation.fingerprint import INPUTS, hash_model
 from codir_fast.distillation.layer_contrasts import LayerContrasts
 from codir_fast.distillation.layer_mapping import layer_pairs
 from codir_fast.distributed import gather_state
 from codir_fast.pooling import pool_hidden_states
 
 STUDENT_PREFIX = "student."
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class TeacherStudent(nn.Module):
@@ -54,6 +54,7 @@ class TeacherStudent(nn.Module):
             )
         # In a tuple, so that it is no submodule: not trained, not saved, not wrapped by DDP.
         self._teacher: tuple[PreTrainedModel, ...] = ()
+        self._teacher_hash: str | None = None
         if teacher is not None:
             self._teacher = (teacher.eval().requires_grad_(False),)
         if self.sees_layers:
@@ -103,7 +104,15 @@ class TeacherStudent(nn.Module):
 
     def release_teacher(self) -> None:
         """Lets the teacher's memory go: its outputs must come with the batches from now on."""
+        self._teacher_hash = self.teacher_hash
         self._teacher = ()
+
+    @property
+    def teacher_hash(self) -> str | None:
+        """By which a checkpoint knows the teacher again; None without one."""
+        if self._teacher_hash is None and self._teacher:
+            self._teacher_hash = hash_model(self.teacher)
+        return self._teacher_hash
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TeacherStudent":
         for teacher in self._teacher:

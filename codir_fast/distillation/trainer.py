@@ -4,6 +4,7 @@ the log.
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import TrainOutput
 
 from codir_fast.distillation.checkpoint import refusing
+from codir_fast.distillation.fixed_settings import TEACHER
 from codir_fast.distillation.loading import load_weights
 from codir_fast.distillation.model import DistillationModel
 from codir_fast.distillation.sampling import ResumableTrainer
@@ -24,11 +26,8 @@ from codir_fast.distributed import ignore_shards_in_ddp
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 
 STATE_FILE = "distillation_state.safetensors"
-# What makes the features that heads were trained on and banks hold, and what these began as.
-_FIXED = (
-    *("pooling", "layer_mapping", "contrast_layers", "standardize_features"),
-    *("head_init", "bank_init"),
-)
+# Settings by which a step may differ from the one before.
+_FREE = ("kd_temperature", "bank_momentum", "mlm_probability")
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -109,6 +108,9 @@ class DistillationTrainer(ResumableTrainer):
             self._count = 0
         super().log(logs, start_time)
 
+    def _fixed_settings(self) -> dict[str, Any]:
+        return super()._fixed_settings() | {TEACHER: self._module().teacher_hash}
+
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         self._kept = self._module().distillation_state()  # by all ranks; one of them writes
         super().save_model(*args, **kwargs)
@@ -184,9 +186,9 @@ def _check_features(model: TeacherStudent, directory: Path) -> None:
     """Its heads and the rows of its bank are of features like those of this run."""
     config = model.distillation_config
     saved = type(config).load(directory)
-    for name in _FIXED:
-        before, now = getattr(saved, name), getattr(config, name)
-        if before != now:
+    for name, now in asdict(config).items():
+        before = getattr(saved, name)
+        if name not in (*config.WEIGHTS, *_FREE) and before != now:
             raise ValueError(f"`{name}` was {before}, and is {now} now")
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from codir_fast.backend import resolve
 from codir_fast.ops import registration
+from codir_fast.ops.contrast import compute_dtype
 
 
 def bank_update(
@@ -25,10 +26,10 @@ def bank_update(
     m is `momentum`, or 0 where `filled` is given and false at r. Changes `bank` and `filled`; no
     gradient passes.
     """
-    dtype = torch.float64 if bank.dtype == torch.float64 else torch.float32
     op = _OPS[resolve("bank_update", backend, bank)]
     with torch.no_grad():
-        op(bank, index, keys.detach().to(dtype).contiguous(), momentum, filled)
+        keys = keys.detach().to(compute_dtype(bank.dtype)).contiguous()
+        op(bank, index, keys, momentum, filled)
 
 
 def _torch(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from codir_fast.backend import resolve
 from codir_fast.ops import registration
+from codir_fast.ops.contrast import compute_dtype
 
 MODES = ("mean", "max", "first", "last")
 
@@ -39,8 +40,8 @@ def _torch(
 
 def _mean(layer: Tensor, chosen: Tensor) -> Tensor:
     # What lies in a token that is not chosen, NaN included, doesn't count.
-    dtype = _accumulation_dtype(layer)
-    total = torch.where(chosen[:, :, None], layer.to(dtype), 0).sum(1)
+    wide = layer.to(compute_dtype(layer.dtype))
+    total = torch.where(chosen[:, :, None], wide, 0).sum(1)
     return (total / chosen.sum(1, keepdim=True).clamp_min(1)).to(layer.dtype)
 
 
@@ -72,7 +73,7 @@ def _torch_backward(
     if attention_mask is None:
         attention_mask = grad.new_ones(B, num_tokens, dtype=torch.bool)
     chosen = _chosen_tokens(attention_mask != 0, mode)
-    count, dtype = chosen.sum(1, keepdim=True).clamp_min(1), _accumulation_dtype(grad)
+    count, dtype = chosen.sum(1, keepdim=True).clamp_min(1), compute_dtype(grad.dtype)
     shares = [(layer.to(dtype) / count).to(grad.dtype) for layer in by_layer]
     return [torch.where(chosen[:, :, None], share[:, None], 0) for share in shares]
 
@@ -100,10 +101,6 @@ def _chosen_tokens(real: Tensor, mode: str) -> Tensor:
         return real
     position = real.cumsum(1)
     return real & (position == (1 if mode == "first" else real.sum(1, keepdim=True)))
-
-
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _triton(
@@ -186,6 +183,8 @@ def _add(backend: str) -> None:
         @staticmethod
         def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
             return None, None, *differentiate(ctx, grad)
+
+        jvp = registration.refuse_forward_mode("codir_fast::masked_pool")
 
     def call(layers: list[Tensor], attention_mask: Tensor | None, mode: str) -> Any:
         if torch.compiler.is_compiling():

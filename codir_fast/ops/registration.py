@@ -71,6 +71,15 @@ def is_transformed(tensor: Tensor) -> bool:
     return under_functorch() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def refuse_forward_mode(name: str) -> Any:
+    """The jvp of an autograd.Function that has none, said in our words."""
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(f"{name} has no forward-mode derivative")
+
+    return staticmethod(jvp)
+
+
 def differentiable(
     op: OpOverload, setup: Callable[..., None], differentiate: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -92,6 +101,8 @@ def differentiable(
         def backward(ctx: Any, *grads: Any) -> Any:
             return differentiate(ctx, *grads)
 
+        jvp = refuse_forward_mode(op.name())
+
     class Transformed(torch.autograd.Function):
         generate_vmap_rule = True
 
@@ -106,6 +117,8 @@ def differentiable(
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return differentiate(ctx, *grads)
+
+        jvp = refuse_forward_mode(op.name())
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():

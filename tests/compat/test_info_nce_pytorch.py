@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import originals
 import peers
 import pytest
@@ -59,10 +60,21 @@ def test_a_queue_may_be_given():
     torch.testing.assert_close(InfoNCE()(q, p, queue), InfoNCE()(q, p, queue.rows))
 
 
+def test_temperatures_of_other_kinds():
+    q, p = torch.randn(2, B, D)
+    expected = InfoNCE(0.25)(q, p)
+    for temperature in (np.float32(0.25), np.float64(0.25), torch.tensor(0.25)):
+        torch.testing.assert_close(InfoNCE(temperature)(q, p), expected)
+
+
 def test_refusals():
     q = torch.randn(B, D)
     with pytest.raises(ValueError, match="`negative_mode` must be one of"):
         InfoNCE(negative_mode="pair")
+    with pytest.raises(ValueError, match="`temperature` must be positive and finite, got -1"):
+        InfoNCE(temperature=-1)
+    with pytest.raises(ValueError, match="`reduction` must be one of"):
+        InfoNCE(reduction="average")
     message = "`negative_keys` must have shape (K, D) for `negative_mode` 'unpaired', got (6, 5, 9)"
     with pytest.raises(ValueError, match=re.escape(message)):
         info_nce(q, q, torch.randn(B, M, D))

@@ -5,7 +5,9 @@ it is not installed for tests).
 import copy
 import inspect
 import math
+import re
 
+import numpy as np
 import originals
 import pytest
 import torch
@@ -112,6 +114,35 @@ def test_autocast():
     assert loss.dtype == torch.float32
     loss.backward()
     assert x[0].grad.isfinite().all()
+
+
+def test_numbers_of_numpy():
+    ours = NTXentLoss(np.float32(0.5), memory_bank_size=(np.int64(20), np.int64(D)))
+    assert ours.memory_bank.rows.shape == (20, D)
+    given = views()
+    torch.testing.assert_close(NTXentLoss(np.float32(0.5))(*given), NTXentLoss()(*given))
+
+
+@pytest.mark.parametrize("size", [0, (20, D)])
+def test_views_are_named(size):
+    loss_fn = NTXentLoss(memory_bank_size=size)
+    x, y = views()
+    for given, message in (
+        ((x[:4], y[:3]), "`out1` must have shape (B, D) with B=4, D=9 as `out0`, got (3, 9)"),
+        ((x[0], y[0]), "`out0` must have shape (B, D) with D at least 1, got (9,)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            loss_fn(*given)
+    with pytest.raises(TypeError, match="`out1` must be a Tensor, got list"):
+        loss_fn(x, [1.0])
+    with pytest.raises(ValueError, match="`out1` must have the dtype of `out0`, float32, got fl"):
+        loss_fn(x, y.double())
+
+
+def test_views_of_another_width_than_the_bank():
+    message = "`out0` must have shape (B, D) with D=9, the width of the bank, got (6, 8)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NTXentLoss(memory_bank_size=(20, D))(torch.ones(B, 8), torch.ones(B, 8))
 
 
 def test_refusals():

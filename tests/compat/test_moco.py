@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import originals
 import pytest
 import torch
@@ -45,6 +46,7 @@ def test_dtype_and_pointer():
     expected = F.normalize(columns, dim=0).T.bfloat16()
     assert torch.equal(queue.rows, expected)
     assert torch.equal(queue.keys, expected.roll(-7, 0))
+    assert int(memory_queue_from_moco(columns, np.int64(7)).position) == 7
     columns.zero_()
     assert queue.rows.any(), "the queue has rows of its own"
 
@@ -58,6 +60,9 @@ def test_dtype_and_pointer():
         (torch.ones(D, K), K, ValueError, "`queue_ptr` must be in [0, 20), got 20"),
         (torch.ones(D, K), torch.tensor([-1]), ValueError, "`queue_ptr` must be in [0, 20)"),
         (torch.ones(D, K), torch.tensor([1, 2]), ValueError, "`queue_ptr` must be one integer"),
+        (torch.ones(D, K), 2.7, TypeError, "`queue_ptr` must be an int, got float"),
+        (torch.ones(D, K), True, TypeError, "`queue_ptr` must be an int, got bool"),
+        (torch.ones(D, K), torch.tensor(2.7), TypeError, "`queue_ptr` must be of an integer dtype"),
     ],
 )
 def test_refusals(queue, pointer, error, message):

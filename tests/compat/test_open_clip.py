@@ -1,7 +1,9 @@
 """codir_fast.compat.ClipLoss beside the formula of open_clip's, single process."""
 
 import inspect
+import re
 
+import numpy as np
 import originals
 import pytest
 import torch
@@ -53,6 +55,61 @@ def test_output_dict():
     output = ClipLoss()(image, text, 10.0, output_dict=True)
     assert list(output) == ["contrastive_loss"]
     torch.testing.assert_close(output["contrastive_loss"], ClipLoss()(image, text, 10.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [10.7, 14.3, 33.2, 77.5, 99.9])
+def test_a_half_precision_scale_is_widened_before_its_reciprocal_is_taken(scale, dtype):
+    image, text = (F.normalize(torch.randn(64, 64), dim=1) for _ in range(2))
+    half = torch.tensor(scale, dtype=dtype, requires_grad=True)
+    exact = half.detach().double().requires_grad_()
+    loss = ClipLoss()(image, text, half)
+    expected = originals.ClipLoss()(image.double(), text.double(), exact)
+    assert abs(loss.item() - expected.item()) < 3e-6
+    (got,), (wanted,) = (torch.autograd.grad(x, s) for x, s in ((loss, half), (expected, exact)))
+    assert got.dtype == dtype and got.shape == ()
+    torch.testing.assert_close(got.double(), wanted.to(dtype).double(), rtol=1e-2, atol=1e-6)
+
+
+def test_scales_of_other_kinds():
+    image, text = features()
+    expected = ClipLoss()(image, text, 10.0)
+    for scale in (10, np.float32(10), np.int64(10), torch.tensor(10), torch.tensor([10.0])):
+        torch.testing.assert_close(ClipLoss()(image, text, scale), expected)
+    double = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    ClipLoss()(*features(torch.float64), double).backward()
+    assert double.grad.dtype == torch.float64
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, -1.0, float("inf"), float("nan"), 1e-320])
+def test_a_scale_that_is_no_scale(scale):
+    image, text = features()
+    for given in (scale, torch.tensor(scale)):
+        with pytest.raises(ValueError, match="`logit_scale` must be positive and finite, got"):
+            ClipLoss()(image, text, given)
+
+
+x = torch.ones(B, D)
+BAD = {
+    "a word": ((x, x, "1"), TypeError, "`logit_scale` must be a number, got str"),
+    "True": ((x, x, True), TypeError, "`logit_scale` must be a number, got bool"),
+    "complex": ((x, x, torch.ones((), dtype=torch.cfloat)), TypeError, "`logit_scale` must be flo"),
+    "several": ((x, x, torch.ones(2)), ValueError, "`logit_scale` must have one element, got sh"),
+    "rows": (
+        (x, x[:3], 1.0),
+        ValueError,
+        "`text_features` must have shape (B, D) with B=7, D=9 as",
+    ),
+    "vector": ((x[0], x, 1.0), ValueError, "`image_features` must have shape (B, D)"),
+    "list": ((x, [1], 1.0), TypeError, "`text_features` must be a Tensor, got list"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    given, error, message = BAD[name]
+    with pytest.raises(error, match=re.escape(message)):
+        ClipLoss()(*given)
 
 
 def test_refusals():

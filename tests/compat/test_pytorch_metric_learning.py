@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import originals
 import peers
 import pytest
@@ -265,6 +266,60 @@ BAD = {
     ),
     "tuple": (lambda: NTXentLoss()(x, y, (y, y)), ValueError, "`indices_tuple` must have 3 or 4"),
     "loss": (lambda: CrossBatchMemory(LightlyLoss(), D), TypeError, "`loss` must be codir_fast."),
+    "no tensor": (lambda: NTXentLoss()([1], y), TypeError, "`embeddings` must be a Tensor, got l"),
+    "a vector": (lambda: NTXentLoss()(x[0], y), ValueError, "`embeddings` must have shape (B, D)"),
+    "integers": (lambda: NTXentLoss()(x.int(), y), TypeError, "`embeddings` must be float32, fl"),
+    "labels list": (lambda: NTXentLoss()(x, [1]), TypeError, "`labels` must be a Tensor, got list"),
+    "ref_emb width": (
+        lambda: NTXentLoss()(x, y, ref_emb=x[:, :3], ref_labels=y),
+        ValueError,
+        "`ref_emb` must have shape (R, D) with D=9, as `embeddings`, got (12, 3)",
+    ),
+    "ref_emb dtype": (
+        lambda: NTXentLoss()(x, y, ref_emb=x.double(), ref_labels=y),
+        ValueError,
+        "`ref_emb` must have the dtype of `embeddings`, float32, got float64",
+    ),
+    "tuple of lists": (
+        lambda: NTXentLoss()(x, None, ([0], [1], [2])),
+        TypeError,
+        "`indices_tuple[0]` must be a Tensor, got list",
+    ),
+    "tuple of floats": (
+        lambda: NTXentLoss()(x, None, (x[0], y, y)),
+        TypeError,
+        "`indices_tuple[0]` must be of an integer dtype, got float32",
+    ),
+    "tuple lengths": (
+        lambda: NTXentLoss()(x, None, (y, y, y[:3], y)),
+        ValueError,
+        "`indices_tuple[3]` must have shape (3,), got (12,)",
+    ),
+    "tuple range": (
+        lambda: NTXentLoss()(x, None, (y, y + B, y)),
+        ValueError,
+        "`indices_tuple[1]` must be in [0, 12), got 12",
+    ),
+    "memory width": (
+        lambda: CrossBatchMemory(NTXentLoss(), 4)(x, y),
+        ValueError,
+        "`embeddings` must have shape (B, D) with D=4, the `embedding_size`, got (12, 9)",
+    ),
+    "mask of integers": (
+        lambda: CrossBatchMemory(NTXentLoss(), D)(x, y, enqueue_mask=y),
+        TypeError,
+        "`enqueue_mask` must be of dtype bool, got torch.int64",
+    ),
+    "mask length": (
+        lambda: CrossBatchMemory(NTXentLoss(), D)(x, y, enqueue_mask=y[:3] == 0),
+        ValueError,
+        "`enqueue_mask` must have shape (B,) with B=12, got (3,)",
+    ),
+    "mask list": (
+        lambda: CrossBatchMemory(NTXentLoss(), D)(x, y, enqueue_mask=[True] * B),
+        TypeError,
+        "`enqueue_mask` must be a Tensor, got list",
+    ),
     "miner": (
         lambda: CrossBatchMemory(NTXentLoss(), D, miner=object()),
         NotImplementedError,
@@ -292,6 +347,20 @@ def test_bad_input(name):
     with pytest.raises(error, match=re.escape(message)) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy():
+    given = embeddings(), labels()
+    ours = CrossBatchMemory(NTXentLoss(np.float32(0.07)), np.int64(D), np.int64(R))
+    assert type(ours.memory_size) is int
+    torch.testing.assert_close(ours(*given), CrossBatchMemory(NTXentLoss(), D, R)(*given))
+
+
+def test_a_bad_batch_leaves_the_memory_as_it_is():
+    loss_fn = CrossBatchMemory(NTXentLoss(), D, R)
+    with pytest.raises(TypeError, match="`enqueue_mask`"):
+        loss_fn(x, y, enqueue_mask=y)
+    assert loss_fn.queue_idx == 0 and not loss_fn.embedding_memory.any()
 
 
 def test_defaults_may_be_spelled_out():

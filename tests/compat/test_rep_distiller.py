@@ -5,6 +5,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import originals
 import pytest
 import torch
@@ -223,3 +224,55 @@ def test_refusals():
         ContrastMemory(D, N, 0)
     with pytest.raises(AttributeError, match="nce_m"):
         CRDLoss(SimpleNamespace(**{k: v for k, v in vars(OPT).items() if k != "nce_m"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"T": -1}, ValueError, "`T` must be positive and finite, got -1"),
+        ({"T": 0.0}, ValueError, "`T` must be positive and finite, got 0.0"),
+        ({"T": "1"}, TypeError, "`T` must be a number, got str"),
+        ({"momentum": 7.0}, ValueError, "`momentum` must be in [0, 1], got 7.0"),
+        ({"momentum": math.nan}, ValueError, "`momentum` must be in [0, 1], got nan"),
+        ({"momentum": True}, TypeError, "`momentum` must be a number, got bool"),
+        ({"inputSize": 1.5}, TypeError, "`inputSize` must be an int, got float"),
+    ],
+    ids=str,
+)
+def test_settings_are_checked_at_construction(changes, error, message):
+    given = {"inputSize": D, "outputSize": N, "K": K, **changes}
+    with pytest.raises(error, match=re.escape(message)):
+        ContrastMemory(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nce_t": -1}, "`opt.nce_t` must be positive and finite, got -1"),
+        ({"nce_m": 7.0}, "`opt.nce_m` must be in [0, 1], got 7.0"),
+        ({"feat_dim": 0}, "`opt.feat_dim` must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_options_are_checked_by_their_names(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CRDLoss(SimpleNamespace(**{**vars(OPT), **changes}))
+
+
+def test_options_of_numpy():
+    changes = {"feat_dim": np.int64(D), "nce_t": np.float32(0.07), "nce_m": np.float64(0.5)}
+    memory = CRDLoss(SimpleNamespace(**{**vars(OPT), **changes})).contrast
+    assert torch.equal(memory.params, ContrastMemory(D, N, K, 0.07, 0.5).params)
+
+
+def test_features_are_named():
+    f_s, f_t, idx, _ = batch()
+    for given, message in (
+        (
+            (f_s[:3], f_t, idx),
+            "`f_s` must have shape (B, 11), or one that flattens to it, with B=6",
+        ),
+        ((f_s, f_s, idx), "`f_t` must have shape (B, 7), or one that flattens to it, with B=6"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            CRDLoss(OPT)(*given)

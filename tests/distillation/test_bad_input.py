@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import WORDS, make_tokenizer, tiny_config
 from transformers import BartConfig, BartForSequenceClassification, BertForSequenceClassification
 from transformers.utils.import_utils import is_bitsandbytes_available, is_galore_torch_available
@@ -484,6 +484,10 @@ FINETUNE = {
         "`model_name_or_path` must be a model's folder",
     ),
     "no tokenizer": ({"--model_name_or_path": "FOLDER/mute"}, "must have a tokenizer"),
+    "no pad token": (
+        {"--model_name_or_path": "FOLDER/padless"},
+        "`model_name_or_path` must have a tokenizer with a pad token",
+    ),
     "pickled weights": ({"--model_name_or_path": "FOLDER/pickle"}, "no file named model.safe"),
     "encoder and decoder": ({"--model_name_or_path": "FOLDER/bart"}, "must be an encoder"),
     "unknown problem": ({"--problem_type": "ranking"}, "`problem_type` must be regression or"),
@@ -654,11 +658,32 @@ DISTILL = {
             "--train_file": "FOLDER/scores.csv",
             "--kd_temperature": "4",
         },
-        "`kd_temperature` has no meaning where the teacher is one of regression, got 4",
+        "`kd_temperature` has no meaning where the teacher is one of regression",
     ),
     "bins of classes": (
         {"--label_bins": "3"},
-        "`label_bins` has no meaning where the teacher is one of classes, got 3",
+        "`label_bins` has no meaning where the teacher is one of classes",
+    ),
+    "bins of classes, the default": (
+        {"--label_bins": "5"},
+        "`label_bins` has no meaning where the teacher is one of classes",
+    ),
+    "bins that nothing looks at": (
+        {"--label_bins": "5", "--negatives": "all"},
+        "`label_bins` needs `negatives` other_labels",
+    ),
+    "layers that nothing looks at": (
+        {"--student_layers": None, "--student": "FOLDER/teacher", "--codir_weight": "0"}
+        | {"--layer_mapping": "last"},
+        "`layer_mapping` needs `student_layers`, `codir_weight` > 0 or `pkd_weight` > 0",
+    ),
+    "a cache that nothing looks at": (
+        {"--kd_weight": "0", "--codir_weight": "0", "--cache_teacher": "True"},
+        "`cache_teacher` needs `kd_weight` > 0, `codir_weight` > 0 or `pkd_weight` > 0",
+    ),
+    "more tokens than the default": (
+        {"--max_seq_length": "128"},
+        "`max_seq_length` must be at most 32, what the model can read, got 128",
     ),
     "one bin": ({"--label_bins": "1"}, "`label_bins` must be in [2"),
     "one score": (
@@ -790,6 +815,14 @@ def _write_models(path: Path) -> None:
         shutil.copy(path / "teacher" / "tokenizer.json", path / name)
         shutil.copy(path / "teacher" / "tokenizer_config.json", path / name)
         BertForSequenceClassification(tiny_config(**changes)).save_pretrained(path / name)
+    shutil.copytree(path / "teacher", path / "padless")
+    padless = json.loads((path / "padless" / "tokenizer_config.json").read_text())
+    del padless["pad_token"]
+    (path / "padless" / "tokenizer_config.json").write_text(json.dumps(padless))
+    shutil.copytree(path / "teacher", path / "broken")
+    weights = load_file(path / "broken" / "model.safetensors")
+    weights["classifier.bias"].fill_(torch.nan)
+    save_file(weights, path / "broken" / "model.safetensors", {"format": "pt"})
     shutil.copytree(path / "teacher", path / "reversed")
     make_tokenizer(WORDS[::-1]).save_pretrained(path / "reversed")
     shutil.copytree(path / "teacher", path / "swapped")
@@ -944,3 +977,14 @@ def test_flags_that_have_an_effect_are_taken(folder, tmp_path):
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "eval_accuracy" in row] == [4, 4]
+
+
+def test_outputs_that_are_no_numbers_are_told(broken, capsys):
+    for flag, name in (("model_name_or_path", "loss"), ("teacher", "kl")):
+        given = {"model_name_or_path": "teacher", "teacher": "teacher", flag: "broken"}
+        models = [part for key, folder in given.items() for part in (f"--{key}", broken / folder)]
+        arguments = ["evaluate", *models, "--test_file", broken / "validation.csv"]
+        assert main([*map(str, arguments), "--device", "cpu"]) == 2
+        shown = capsys.readouterr()
+        assert f"error: `{flag}` must give finite outputs, {name} is nan\n" in shown.err
+        assert not shown.out

@@ -1,12 +1,19 @@
 """finetune, distill and evaluate as a user calls them, and every error as one line."""
 
 import json
+import resource
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import make_tokenizer, tiny_config, write_examples
-from transformers import BertForSequenceClassification, BertModel, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    BertModel,
+    TrainingArguments,
+)
 
 from codir_fast.cli import main
 from codir_fast.distillation.arguments import TextArguments
@@ -70,6 +77,38 @@ def test_split_string_labels_json_and_student_checkpoint(folder, tmp_path):
     assert main(["distill", *arguments, *FAST]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert "eval_accuracy" in metrics
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_checkpoints_in_half_precision_are_trained_in_float32(dtype, folder, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(folder / "teacher", half)
+    AutoModelForSequenceClassification.from_pretrained(half).to(dtype).save_pretrained(half)
+    for name, flags in {
+        "finetune": ["--model_name_or_path", str(half)],
+        "distill": ["--teacher", str(half), "--student_layers", "2"],
+    }.items():
+        output = tmp_path / name
+        assert main([name, *flags, *files(folder), *FAST, "--output_dir", str(output)]) == 0
+        weights = load_file(output / "model.safetensors")
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+
+
+def test_full_disk_beneath_the_texts_is_told(folder, tmp_path, capsys):
+    """datasets keeps tokens on disk."""
+    write_examples(tmp_path / "many.csv", 3000, seed=5)
+    flags = ["--model_name_or_path", str(folder / "teacher"), "--output_dir", str(tmp_path / "out")]
+    given = ["finetune", *flags, "--train_file", str(tmp_path / "many.csv"), *FAST]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (4_000, 100_000):  # less than the texts take, and than the tokens
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            assert main(given) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        shown = capsys.readouterr().err
+        assert "File too large" in shown and "Traceback" not in shown
+    assert not (tmp_path / "out").exists()
 
 
 def test_finetuning_keeps_the_order_of_the_checkpoint_s_classes(folder, tmp_path):
@@ -149,7 +188,7 @@ def test_tokens_of_pairs(tmp_path):
     examples = read_file("train_file", str(tmp_path / "pairs.jsonl"))
     examples = select_columns(examples, "train_file", data)
     assert examples[2] == {"text": "w2 w9", "pair": "w2", "label": "yes"}
-    tokens = tokenize(examples, make_tokenizer(), [0, 1, 0], 32, 32)
+    tokens = tokenize(examples, make_tokenizer(), [0, 1, 0], 32)
     # [CLS] 2, [SEP] 3, words from 4 on
     assert tokens[2]["input_ids"] == [2, 6, 13, 3, 6, 3]
     assert tokens[2]["token_type_ids"] == [0, 0, 0, 0, 1, 1]

@@ -9,6 +9,8 @@ from transformers import (
     ModernBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from codir_fast.distillation.arguments import TextArguments
@@ -60,12 +62,21 @@ def test_the_least_of_tokenizer_and_models_counts():
     assert longest_text(TextArguments(), tokenizer(11), *models) == 11
 
 
+def test_without_a_limit_it_is_the_default():
+    config = XLNetConfig(vocab_size=44, d_model=16, n_layer=2, n_head=2, d_inner=32)
+    model = XLNetForSequenceClassification(config)
+    assert longest_text(TextArguments(), tokenizer(), model) == 128
+    assert longest_text(TextArguments(max_seq_length=400), tokenizer(), model) == 400
+
+
 def test_lengths_that_cannot_be_are_refused():
     model = MODELS["bert"][0]()
     assert longest_text(TextArguments(max_seq_length=20), tokenizer(), model) == 20
     with pytest.raises(UsageError, match="must be at most 20, what the model can read, got 21"):
         longest_text(TextArguments(max_seq_length=21), tokenizer(), model)
-    assert longest_text(TextArguments(max_seq_length=3), tokenizer(), model) == 20
+    with pytest.raises(UsageError, match="must be at most 20, what the model can read, got 128"):
+        longest_text(TextArguments(max_seq_length=128), tokenizer(), model)
+    assert longest_text(TextArguments(max_seq_length=3), tokenizer(), model) == 3
     with pytest.raises(UsageError, match="more than the 2 tokens that stand around each text"):
         longest_text(TextArguments(max_seq_length=2), tokenizer(), model)
     pairs = TextArguments(text_pair_column="b", max_seq_length=3)

@@ -205,7 +205,7 @@ def test_cached_teacher_gives_the_same_student(scored, tmp_path):
 
 def test_resumed_run_is_bit_equal(scored, tmp_path):
     command = ["distill", "--teacher", str(scored / "teacher"), "--student_layers", "2"]
-    command += [*data(scored), *FAST, "--max_steps", "4", "--preset", "official"]
+    command += [*data(scored), *FAST[2:], "--max_steps", "4", "--preset", "official"]
     saving = ["--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "3"]
     assert main([*command, *saving, *output(tmp_path / "unbroken")]) == 0
     checkpoint = ["--resume_from_checkpoint", str(tmp_path / "unbroken" / "checkpoint-2")]

@@ -1,5 +1,7 @@
 """codir-fast study: runs are made once and told apart; tables follow from the lines."""
 
+import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,12 @@ from safetensors.torch import load_file
 from tiny import write_examples
 
 from codir_fast.cli import main
+from codir_fast.distillation import study as study_module
 from codir_fast.distillation.scores import calibrated_scores, fit_inverse_temperature, nll, scores
-from codir_fast.distillation.study import read_lines
-from codir_fast.distillation.study_report import interval, write_report
+from codir_fast.distillation.study_lines import add_lines, read_lines
+from codir_fast.distillation.study_plan import REFUSED, read_study, runs_of, trials_of
+from codir_fast.distillation.study_report import METRICS, interval, write_report
+from codir_fast.errors import Diverged, SaveError
 
 FAST = {"student_layers": 2, "use_cpu": True, "per_device_train_batch_size": 16}
 
@@ -112,6 +117,169 @@ def test_a_line_that_is_no_json_is_named(study, tmp_path, capsys):
     assert error.count("\n") == 1 and "runs.jsonl is no JSON" in error and "line 1" in error
 
 
+def a_line(key="k", arm="a", regime="few", seed=1, settings=None, value=0.5):
+    scores = dict.fromkeys(METRICS, value)
+    return {
+        **{"key": key, "arm": arm, "regime": regime, "seed": seed, "settings": settings or {}},
+        **{"validation": scores, "test": scores, "seconds_per_step": 1.0},
+    }
+
+
+BAD_LINES = {
+    "no mapping": ([1], "it must be a mapping, got [1]"),
+    "no key": ({"arm": "a"}, "`key` must be of type str, got None"),
+    "number for an arm": (a_line(arm=3), "`arm` must be of type str, got 3"),
+    "no settings": (a_line() | {"settings": None}, "`settings` must be of type dict"),
+    "no scores": (a_line() | {"test": 1}, "`test` must be of type dict, got 1"),
+    "a score short": (a_line() | {"test": {"accuracy": 1}}, "in `test` must be a finite number"),
+    "text": (a_line(value="0.5"), "in `validation` must be a finite number, got '0.5'"),
+    "no time": (a_line() | {"seconds_per_step": None}, "`seconds_per_step` must be a finite"),
+    "no number": (a_line(value=float("nan")), "is no JSON: NaN"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_line_that_can_not_be_reported_is_named(study, tmp_path, capsys, name):
+    line, message = BAD_LINES[name]
+    lines = tmp_path / "out" / "runs.jsonl"
+    lines.parent.mkdir()
+    lines.write_text("\n".join(map(json.dumps, (a_line(), line))) + "\n")
+    assert main(command(study, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"line 2 of {lines}" in error and message in error
+
+
+def test_no_line_holds_what_json_has_no_number_for(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        add_lines(path, [a_line(), a_line("b", value=float("nan"))])
+    assert read_lines(path) == [a_line()]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Runs that cost nothing; the list of those that were made, for tests of what is told."""
+    runs = []
+
+    def distil(study, task, key, output, teacher):
+        runs.append((task.arm, task.regime, task.seed))
+        value = task.seed / 100 + task.settings.get("codir_weight", 0.5)
+        return a_line(key, task.arm, task.regime, task.seed, task.settings, value)
+
+    monkeypatch.setattr("codir_fast.distillation.study.distil", distil)
+    return runs
+
+
+def rows_of(path, arm):
+    return [row for row in path.read_text().splitlines() if row.startswith(f"| {arm} |")]
+
+
+def test_tables_have_the_names_of_now(study, tmp_path, made):
+    """Runs are told apart by their settings: a new name is no new run, and each name has a row."""
+    table = tmp_path / "out" / "table.md"
+    assert main(command(study, tmp_path)) == 0
+    before = table.read_text()
+    study |= {
+        "reference": "base",
+        "arms": {"base": {"codir_weight": 0}, "codir": study["arms"]["paper"]},
+    }
+    study |= {"regimes": {"little": study["regimes"]["few"]}, "trial_regime": "little"}
+    assert main(command(study, tmp_path)) == 0 and len(made) == 4
+    renamed = before.replace("ce_kd", "base").replace("| paper |", "| codir |")
+    assert table.read_text() == renamed.replace("## few", "## little")
+    assert "+50.00 ± 0.00" in rows_of(table, "codir")[1]
+    assert (tmp_path / "out" / "differences-little.png").is_file()
+
+    study["arms"]["again"] = {"codir_weight": 0}
+    assert main(command(study, tmp_path)) == 0 and len(made) == 4
+    rows = [rows_of(table, name) for name in ("base", "again")]
+    assert rows[0][0].replace("base", "again") == rows[1][0]
+    assert "| again | +0.00 ± 0.00 |" in rows[1][1]
+    study["seeds"] = [12, 12]
+    assert main(command(study, tmp_path)) == 0 and len(made) == 6
+    assert rows_of(table, "again")[0].startswith("| again | 1 |")
+
+
+def test_arms_and_regimes_choose_what_is_made_not_what_is_told(study, tmp_path, made):
+    study["regimes"]["all"] = {"num_train_epochs": 1}
+    table = tmp_path / "out" / "table.md"
+    assert main(command(study, tmp_path, "--arms", "ce_kd")) == 0
+    assert {run[:2] for run in made} == {("ce_kd", "few"), ("ce_kd", "all")}
+    assert not rows_of(table, "paper")
+    assert main(command(study, tmp_path, "--arms", "paper", "--regimes", "few")) == 0
+    assert len(made) == 6 and made[4][:2] == ("paper", "few")
+    assert len(rows_of(table, "ce_kd")) == 4  # two regimes, two splits
+    assert "| paper | +50.00 ± 0.00 |" in rows_of(table, "paper")[1]
+    told = table.read_text()
+    assert main(command(study, tmp_path, "--regimes", "all", "--arms", "ce_kd")) == 0
+    assert table.read_text() == told and len(made) == 6
+
+
+def test_trials_that_are_not_there_are_refused(study, tmp_path, capsys, made):
+    for changes in ({"trials": {}}, {"trial_seeds": []}):
+        assert main(command(study | changes, tmp_path, "--trials")) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "needs `trials` and `trial_seeds`" in error
+    study["regimes"]["all"] = {"num_train_epochs": 1}
+    assert main(command(study, tmp_path, "--trials", "--regimes", "all")) == 2
+    assert "`regimes` must be of ['few'], got 'all'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not made
+
+
+# What ends a run -> settings that do, exit code.
+FAILING = {
+    "diverges": ({"learning_rate": 1e9, "max_grad_norm": 0}, 1),
+    "is refused": ({"layer_mapping": "1:9,2:10"}, 2),
+}
+
+
+@pytest.mark.parametrize(
+    "name, jobs", [("diverges", "1"), ("is refused", "1"), ("is refused", "2")]
+)
+def test_a_run_that_fails_ends_the_study_and_leaves_the_others(study, tmp_path, capsys, name, jobs):
+    settings, code = FAILING[name]
+    study |= {"arms": study["arms"] | {"paper": settings}}
+    assert main(command(study, tmp_path, "--jobs", jobs)) == code
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("codir-fast: error: study: arm paper, regime few, seed 10: ")
+    out = tmp_path / "out"
+    kept = read_lines(out / "runs.jsonl")
+    assert {line["arm"] for line in kept} == {"ce_kd"} and kept[0]["seed"] == 10
+    assert {path.stem for path in (out / "logits").glob("[!t]*")} == {line["key"] for line in kept}
+    study["arms"]["paper"] = {"preset": "paper"}
+    assert main(command(study, tmp_path)) == 0
+    assert read_lines(out / "runs.jsonl")[: len(kept)] == kept
+    assert "| paper | 2 |" in (out / "table.md").read_text()
+
+
+def test_outputs_that_are_no_numbers_make_no_line(study, tmp_path, capsys, monkeypatch):
+    predict = study_module.predict
+
+    def broken(model, *args):
+        rows = predict(model, *args)
+        return rows / 0 if "student" in model.name_or_path else rows
+
+    monkeypatch.setattr("codir_fast.distillation.study.predict", broken)
+    assert main(command(study, tmp_path)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "arm ce_kd, regime few, seed 10: `" in error and "must be a finite number, got nan" in error
+    )
+    assert (tmp_path / "out" / "runs.jsonl").read_text() == ""
+    assert not list((tmp_path / "out" / "logits").glob("[!t]*"))
+
+
+@pytest.mark.parametrize("kind", [SaveError, Diverged])
+def test_what_ends_a_run_keeps_its_exit_code(study, tmp_path, capsys, monkeypatch, kind):
+    def fail(arguments):
+        raise kind("it ended")
+
+    monkeypatch.setattr("codir_fast.distillation.distill.run", fail)
+    assert main(command(study, tmp_path)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "codir-fast: error: study: arm ce_kd, regime few, seed 10: it ended"
+
+
 def test_trials_and_jobs(study, tmp_path, capsys):
     assert main(command(study, tmp_path, "--trials", "--jobs", "2")) == 0
     lines = read_lines(tmp_path / "out" / "trials.jsonl")
@@ -130,7 +298,10 @@ ERRORS = {
     "trial regime": ({"trial_regime": "x"}, "`trial_regime` must be a regime, ['few'], got 'x'"),
     "arm": ({"arms": {"ce_kd": None}}, "`arms` must hold mappings of settings, 'ce_kd' is None"),
     "regime": ({"regimes": {"few": 3}}, "`regimes` must hold mappings of settings, 'few' is 3"),
-    "tried": ({"trials": {"paper": [1]}}, "`trials` must hold mappings of settings, 0 is 1"),
+    "tried": (
+        {"trials": {"paper": [1]}},
+        "`trials` must hold mappings of settings, 1 of 'paper' is 1",
+    ),
     "trials": ({"trials": {"paper": {}}}, "`trials` must hold lists, 'paper' is {}"),
     "number for a teacher": ({"teacher": 5}, "`teacher` must be a path, got 5"),
     "texts of an arm": (
@@ -145,12 +316,25 @@ ERRORS = {
     "no teacher": ({"teacher": "nowhere"}, "there is no file nowhere/model.safetensors"),
     "unknown flag": (
         {"arms": {"ce_kd": {"speed": 1}}},
-        "arm ce_kd: distill has no flag --speed",
+        "arm ce_kd, regime few: distill has no flag --speed",
     ),
     "bad value": (
         {"arms": {"ce_kd": {"kd_weight": -1}}},
-        "arm ce_kd: distill: `kd_weight` must be",
+        "arm ce_kd, regime few: distill: `kd_weight` must be",
     ),
+    "no step": (
+        {"arms": {"ce_kd": {"num_train_epochs": 0}}},
+        "arm ce_kd, regime few: `num_train_epochs` must be above 0",
+    ),
+    "dashes": (
+        {"arms": {"ce_kd": {"max-seq-length": 4}}},
+        "'ce_kd' in `arms` must hold flags' names with underscores, got 'max-seq-length'",
+    ),
+    "two flags in one": ({"settings": {"seed=1 --x": 4}}, "`settings` must hold flags' names"),
+    "a date": ({"settings": {"text_column": date(2020, 1, 1)}}, "must hold texts, numbers and"),
+    "infinite": ({"regimes": {"few": {"temperature": float("inf")}}}, "must hold texts, numbers"),
+    "number for an arm": ({"arms": {1: {}}}, "`arms` must have names that are text, got 1"),
+    "no runs": ({"seeds": []}, "it needs `arms`, `regimes` and `seeds`"),
 }
 
 
@@ -168,12 +352,52 @@ def test_a_study_that_can_not_be_run_is_refused(study, tmp_path, capsys, name):
     assert message in error and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_study_sets_itself_is_no_setting(study, tmp_path, capsys, name):
+    setting = {name: "x"}
+    for changes, place in (
+        ({"settings": study["settings"] | setting}, "`settings`"),
+        ({"regimes": {"few": setting}}, "'few' in `regimes`"),
+        ({"arms": study["arms"] | {"paper": setting}}, "'paper' in `arms`"),
+        ({"trials": {"paper": [{}, setting]}}, "2 of 'paper' in `trials`"),
+    ):
+        assert main(command(study | changes, tmp_path)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("codir-fast: error: study: ") and error.count("\n") == 1
+        assert f"`{name}` can't be in {place}: " in error
+
+
+def test_an_arm_without_a_teacher_keeps_none_of_its_outputs(study, tmp_path):
+    study["arms"] = {"ce_kd": {"ce_weight": 1, "kd_weight": 0, "codir_weight": 0}}
+    study["seeds"] = [10]
+    assert main(command(study, tmp_path)) == 0
+    assert not (tmp_path / "out" / "work" / "teacher").exists()
+    study["arms"]["live"] = {"cache_teacher": False}
+    assert main(command(study, tmp_path)) == 0
+    assert not (tmp_path / "out" / "work" / "teacher").exists()
+
+
+def test_the_committed_study_is_one():
+    """Its flags are those that distill takes, also where a check is added there."""
+    root = Path(__file__).parents[2]
+    plan = read_study(str(root / "configs" / "demo_study.yaml"))
+    plan.train_file = __file__  # any that is there
+    study_module._check(plan, [*runs_of(plan), *trials_of(plan)], root)
+    results = root / "benchmarks" / "results" / "demo-study"
+    runs = [(task.arm, task.regime, task.seed, task.settings) for task in runs_of(plan)]
+    lines = read_lines(results / "runs.jsonl")
+    assert len(lines) == len(runs)
+    for line in lines:
+        assert tuple(line[name] for name in ("arm", "regime", "seed", "settings")) in runs
+
+
 def test_flags_of_a_study_are_checked(study, tmp_path, capsys):
     for flags, message in (
         (["--jobs", "0"], "`jobs` must be at least 1"),
         (["--regimes", "many"], "`regimes` must be of ['few'], got 'many'"),
         (["--arms", "mine"], "`arms` must be of ['ce_kd', 'paper'], got 'mine'"),
         (["--reference", "mine"], "`reference` must be of ['ce_kd', 'paper'], got 'mine'"),
+        (["--trials", "--arms", "ce_kd"], "`arms` must be of ['paper'], got 'ce_kd'"),
         (["--speed"], "unrecognized arguments: --speed"),
     ):
         assert main(command(study, tmp_path, *flags)) == 2
@@ -219,12 +443,8 @@ def test_interval_is_students():
 
 def test_differences_are_paired_by_seed(tmp_path):
     def line(arm, seed, value):
-        names = ("accuracy", "agreement", "nll", "nll_calibrated", "kl", "kl_calibrated")
-        scores = {
-            "test": dict.fromkeys(names, value),
-            "validation": dict.fromkeys(names, 2 * value),
-        }
-        return {"arm": arm, "regime": "few", "seed": seed, "seconds_per_step": 1, **scores}
+        validation = {"validation": dict.fromkeys(METRICS, 2 * value)}
+        return a_line(arm=arm, seed=seed, value=value) | validation
 
     lines = [line("a", 1, 0.5), line("a", 2, 0.7), line("b", 2, 0.8), line("b", 1, 0.6)]
     lines += [line("b", 3, 0.0)]  # has no partner

@@ -37,7 +37,7 @@ def make_tokens(path, teacher, max_length=16, seed=1):
     write_examples(path, 21, seed=seed)
     examples, _ = load_examples(DataArguments(train_file=str(path)), seed=0)
     labels = read_labels(examples, "train_file", teacher.config)
-    return tokenize(examples, make_tokenizer(), labels, max_length, 32)
+    return tokenize(examples, make_tokenizer(), labels, max_length)
 
 
 def make_model(teacher, config=None):

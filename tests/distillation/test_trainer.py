@@ -52,7 +52,7 @@ def make_trainer(folder, output, *, config=None, dropout=True, **training):
         "report_to": "none",
         "use_cpu": True,
     }
-    tokens = tokenize(examples, tokenizer, labels, 16, 32)
+    tokens = tokenize(examples, tokenizer, labels, 16)
     return DistillationTrainer(
         model,
         TrainingArguments(str(output), **(defaults | training)),

@@ -4,11 +4,14 @@ early stopping, precision, checkpointing of activations, determinism, batches of
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 import transformers
 from test_trainer import assert_same_state, make_trainer
+from tiny import tiny_config
+from transformers import BertForSequenceClassification
 
 from codir_fast import DistillationConfig, DistillationModel
 from codir_fast.cli import main
@@ -167,6 +170,9 @@ def test_terms_are_summed_in_the_order_of_the_model(folder, tmp_path):
         (["--standardize_features", "True"], "`standardize_features` was False, and is True now"),
         (["--head_init", "equal"], "`head_init` was apart, and is equal now"),
         (["--bank_init", "random"], "`bank_init` was empty, and is random now"),
+        (["--temperature", "0.5"], "`temperature` was 0.07, and is 0.5 now"),
+        (["--teacher", "FOLDER/other"], "the teacher is another one"),
+        (["--max_seq_length", "6"], "others: of other texts, or another `max_seq_length`"),
         (["--learning_rate", "0.5"], "`learning_rate` was 0.0001, and is 0.5 now"),
         (["--adam_beta2", "0.9"], "`adam_beta2` was 0.999, and is 0.9 now"),
         (["--lr_scheduler_type", "cosine"], "`lr_scheduler_type` was linear, and is cosine now"),
@@ -184,6 +190,11 @@ def test_terms_are_summed_in_the_order_of_the_model(folder, tmp_path):
 def test_resume_with_other_settings_is_refused(changed, message, folder, tmp_path, capsys):
     assert run("distill", folder, tmp_path) == 0
     before = (tmp_path / "run.json").read_bytes()
+    if "--teacher" in changed:
+        torch.manual_seed(5)
+        shutil.copytree(folder / "teacher", tmp_path / "other")
+        BertForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "other")
+        changed = [part.replace("FOLDER", str(tmp_path)) for part in changed]
     resume = ["--num_train_epochs", "2", "--resume_from_checkpoint", "True", *changed]
     assert run("distill", folder, tmp_path, *resume) == 2
     assert message in capsys.readouterr().err
@@ -200,6 +211,16 @@ def test_resume_with_other_examples_is_refused(folder, tmp_path, capsys):
     # At no place among them, it may.
     more = ["--max_train_samples", "20", "--ignore_data_skip", "True"]
     assert run("distill", folder, tmp_path, *resume, *more) == 0
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_run_whose_weights_are_no_numbers_saves_nothing(command, folder, tmp_path, capsys):
+    steps = ["--save_strategy", "steps", "--save_steps", "3", "--max_grad_norm", "0"]
+    steps += ["--lr_scheduler_type", "constant", "--learning_rate", "1e9", "--weight_decay", "1e9"]
+    assert run(command, folder, tmp_path, *steps) == 1
+    error = capsys.readouterr().err
+    assert "training diverged: " in error and "is not finite after step 3; a lower" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_resumed_run_saves_and_logs_as_it_is_told_now(folder, tmp_path):

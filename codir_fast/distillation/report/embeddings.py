@@ -80,7 +80,7 @@ def embed(
     settings, state = _layer_settings(run), load_state(run.path)
     mapping, mode = str(settings.get("layer_mapping")), str(settings.get("pooling"))
     encoders = student_encoder, teacher_encoder
-    longest = min(data.max_seq_length, longest_text(data, tokenizer, *encoders))
+    longest = longest_text(data, tokenizer, *encoders)
     batches = _batches(texts, tokenizer, longest, batch_size)
     try:
         depths = [encoder.config.num_hidden_layers for encoder in encoders]
