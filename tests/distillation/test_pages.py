@@ -99,7 +99,6 @@ def test_options_and_reports(folder, labelled):
     for output in ("seen", "best", "pieces", "small", "same"):
         assert (labelled / output / "model.safetensors").is_file()
     (labelled / "seen").rename("student")
-    (labelled / "best").rename("student-kd")
-    assert run_all("report.md") == ["report"]
+    assert run_all("report.md") == ["distill", "report"]
     page = (labelled / "report.html").read_text(encoding="utf-8")
     assert "student-kd" in page and "data:image/png;base64," in page
