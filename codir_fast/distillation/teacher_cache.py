@@ -17,7 +17,7 @@ import numpy
 import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from torch import Tensor
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from codir_fast.distillation.arguments import say
 from codir_fast.distillation.fingerprint import INPUTS, canonical, hash_tokens
@@ -195,8 +195,16 @@ def _parts(model: DistillationModel, tokens: Dataset, dtype: torch.dtype) -> dic
     return {
         "format": FORMAT,
         "teacher": model.teacher_hash,
+        "config": _config_of(model.teacher),
         "tokens": hash_tokens(tokens),
         "layers": model.teacher_layers if sees_layers else [],
         "pooling": model.distillation_config.pooling if sees_layers else "",
         "dtype": str(dtype),
     }
+
+
+def _config_of(teacher: PreTrainedModel) -> str:
+    config = teacher.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):  # where it lay, who wrote it
+        config.pop(name, None)
+    return canonical(config)

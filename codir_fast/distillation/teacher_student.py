@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from codir_fast.bank_rows import SHARD_MARK
 from codir_fast.distillation.config import LayerConfig
 from codir_fast.distillation.contrast import LayerContrast
-from codir_fast.distillation.fingerprint import INPUTS, hash_model
+from codir_fast.distillation.fingerprint import INPUTS, hash_weights
 from codir_fast.distillation.layer_contrasts import LayerContrasts
 from codir_fast.distillation.layer_mapping import layer_pairs
 from codir_fast.distributed import gather_state
+from codir_fast.errors import UsageError
 from codir_fast.pooling import pool_hidden_states
 
 STUDENT_PREFIX = "student."
@@ -111,7 +112,7 @@ class TeacherStudent(nn.Module):
     def teacher_hash(self) -> str | None:
         """By which a checkpoint knows the teacher again; None without one."""
         if self._teacher_hash is None and self._teacher:
-            self._teacher_hash = hash_model(self.teacher)
+            self._teacher_hash = hash_weights(self.teacher)
         return self._teacher_hash
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TeacherStudent":
@@ -126,7 +127,14 @@ class TeacherStudent(nn.Module):
 
     def _pool(self, outputs: Any, mask: Tensor, layers: list[int]) -> Tensor:
         """The pooled hidden states of `layers`, side by side, (B, L*H)."""
-        mode = self.distillation_config.pooling
+        mode, tokens = self.distillation_config.pooling, mask.shape[1]
+        for layer in layers:
+            states = outputs.hidden_states[layer].shape[1]
+            if states != tokens:  # as of Funnel, which pools them
+                raise UsageError(
+                    "`layer_mapping` must name layers that have a hidden state for each token, "
+                    f"layer {layer} has {states} for {tokens} tokens"
+                )
         return pool_hidden_states(outputs.hidden_states, mask, mode=mode, layers=layers)
 
     def _layer_terms(

@@ -6,12 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_config
-from transformers import BertForSequenceClassification
+from transformers import (
+    BertForSequenceClassification,
+    FunnelConfig,
+    FunnelForSequenceClassification,
+)
 
 from codir_fast import DistillationConfig, DistillationModel, pool_hidden_states, reference
 from codir_fast.distillation.config import PRESETS
 from codir_fast.distillation.standardization import Standardization, both_moments
 from codir_fast.distillation.student import student_from_teacher
+from codir_fast.errors import UsageError
 
 EXAMPLES, BATCH, TOKENS = 12, 6, 8
 
@@ -159,6 +164,17 @@ def test_what_is_missing_is_named():
     other = BertForSequenceClassification(tiny_config(id2label={0: "a", 1: "b", 2: "c"}))
     with pytest.raises(ValueError, match="`student` must have the teacher's 2 labels, got 3"):
         DistillationModel(other, model.teacher, DistillationConfig())
+
+
+def test_layers_that_pool_tokens_are_refused():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 44, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
+    student = FunnelForSequenceClassification(FunnelConfig(block_sizes=[1, 1], **sizes))
+    teacher = BertForSequenceClassification(tiny_config())
+    config = DistillationConfig(projection_dim=8, layer_mapping="2:4")
+    model = DistillationModel(student, teacher, config, torch.arange(8) % 2)
+    with pytest.raises(UsageError, match=f"layer 2 has . for {TOKENS} tokens"):
+        model.train()(**make_batch())
 
 
 def test_state_of_another_kind_of_run_is_refused():
