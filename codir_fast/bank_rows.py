@@ -101,6 +101,17 @@ class BankRows(nn.Module):
         valid, version = self._left
         return valid is self.valid and version == _version(valid)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if not self._is_as_left():
+            state |= {"_full": False, "_until_full": self.rows.shape[0]}
+        del state["_left"]  # of this one's buffer, or of one that a transform has ended
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()
+
     def _apply(self, *args: Any, **kwargs: Any) -> "BankRows":
         is_as_left = self._is_as_left()
         super()._apply(*args, **kwargs)

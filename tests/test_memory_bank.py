@@ -1,6 +1,7 @@
 """MemoryQueue and IndexedBank: order, state, and what they refuse."""
 
 import copy
+import io
 import re
 
 import pytest
@@ -63,6 +64,24 @@ def test_rows_that_others_empty_count_no_more():
     assert torch.func.functional_call(model, poisoned, ()) == 0
     assert model["queue"].is_full and model() > 0
     assert model.to(torch.float64)["queue"].is_full
+    assert copy.deepcopy(model["queue"]).is_full
+    model["queue"].valid[2] = False
+    assert not copy.deepcopy(model["queue"]).is_full
+
+
+def test_queue_that_is_written_under_a_transform_is_copied_and_saved():
+    queue, keys = queue_of(5, unit(5, 4)), unit(2, 4)
+
+    def enqueue(scale):
+        buffers = {name: value.clone() for name, value in queue.named_buffers()}
+        torch.func.functional_call(queue, buffers, (scale * keys,))
+        return scale.sum()
+
+    queue.forward = queue.enqueue
+    torch.func.grad(enqueue)(torch.ones(()))
+    del queue.forward
+    assert len(copy.deepcopy(queue)) == 5
+    torch.save(queue, io.BytesIO())
 
 
 def test_queue_normalises_and_detaches():

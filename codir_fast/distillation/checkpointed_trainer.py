@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerState, set_seed
 from transformers.optimization import Adafactor
 from transformers.trainer import TRAINER_STATE_NAME
@@ -14,7 +13,6 @@ from transformers.training_args import OptimizerNames
 from codir_fast.collectives import gather_bytes, ranks_of
 from codir_fast.distillation.arguments import say
 from codir_fast.distillation.checkpoint import (
-    advice,
     last_whole_checkpoint,
     refusing,
     remove_leftovers,
@@ -23,7 +21,11 @@ from codir_fast.distillation.checkpoint import (
     whole_checkpoint,
     written_checkpoint,
 )
-from codir_fast.distillation.fixed_settings import check_fixed_settings, fixed_settings
+from codir_fast.distillation.fixed_settings import (
+    check_fixed_settings,
+    fixed_settings,
+    settings_of_examples,
+)
 from codir_fast.distillation.loading import load_weights
 from codir_fast.distillation.manifest import DamagedFolder, verify
 from codir_fast.distillation.processes import OwnRandomNumbers, process_group
@@ -68,6 +70,8 @@ class CheckpointedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._had_stopped = False
+        self._makes_optimizer = self.optimizer is None and not self.optimizer_cls_and_kwargs
+        self._of_examples: tuple[Any, dict[str, Any]] | None = None  # hashed once
         self.add_callback(OwnRandomNumbers())
         self.add_callback(SaveAfterEpoch())
         if self.args.save_strategy != SaveStrategy.NO:
@@ -115,14 +119,12 @@ class CheckpointedTrainer(Trainer):
 
     def _check_weights(self) -> None:
         """Raises Diverged where a weight is no number: nothing of it is saved."""
-        weights = dict(self._module().named_parameters())
-        is_finite = torch.stack([weight.detach().isfinite().all() for weight in weights.values()])
-        if not bool(is_finite.all()):
-            name = list(weights)[int(is_finite.logical_not().nonzero()[0])]
-            raise Diverged(
-                f"training diverged: {name} is not finite after step {self.state.global_step}; a "
-                f"lower `learning_rate` may help{advice(Path(str(self.args.output_dir)))}"
-            )
+        for name, weight in self._module().named_parameters():
+            if not bool(weight.detach().isfinite().all()):
+                raise Diverged(
+                    f"training diverged: {name} is not finite after step "
+                    f"{self.state.global_step}; start anew with a lower `learning_rate`"
+                )
 
     def _module(self) -> Any:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -187,7 +189,9 @@ class CheckpointedTrainer(Trainer):
         save_tree(tree, Path(output_dir) / STATE_FILE)
 
     def _fixed_settings(self) -> dict[str, Any]:
-        return fixed_settings(self.args, self._train_batch_size, self.train_dataset)
+        if self._of_examples is None or self._of_examples[0] is not self.train_dataset:
+            self._of_examples = self.train_dataset, settings_of_examples(self.train_dataset)
+        return fixed_settings(self.args, self._train_batch_size) | self._of_examples[1]
 
     def _save_rng_state(self, output_dir: str) -> None:
         states = [tree_bytes(random_state(self.args.device))]
@@ -223,7 +227,12 @@ class CheckpointedTrainer(Trainer):
                 raise ValueError(f"it has no {STATE_FILE}, as with --save_only_model")
             tree = load_tree(path)
             keeps_place = not self.args.ignore_data_skip
-            check_fixed_settings(tree["settings"], self._fixed_settings(), keeps_place=keeps_place)
+            check_fixed_settings(
+                tree["settings"],
+                self._fixed_settings(),
+                makes_optimizer=self._makes_optimizer,
+                keeps_place=keeps_place,
+            )
             expected = parameters_of(self.optimizer, self._module())
             if tree["parameters"] != expected:
                 raise ValueError("its optimizer is that of another model")

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from codir_fast.distillation.arguments import say
-from codir_fast.distillation.fingerprint import INPUTS, canonical, hash_tokens
+from codir_fast.distillation.fingerprint import INPUTS, canonical, hash_tokens, hash_weights
 from codir_fast.distillation.manifest import verify, write_manifest
 from codir_fast.distillation.model import DistillationModel
 
@@ -194,7 +194,7 @@ def _parts(model: DistillationModel, tokens: Dataset, dtype: torch.dtype) -> dic
     sees_layers = model.sees_layers
     return {
         "format": FORMAT,
-        "teacher": model.teacher_hash,
+        "teacher": hash_weights(model.teacher),
         "config": _config_of(model.teacher),
         "tokens": hash_tokens(tokens),
         "layers": model.teacher_layers if sees_layers else [],

@@ -219,7 +219,7 @@ def test_run_whose_weights_are_no_numbers_saves_nothing(command, folder, tmp_pat
     steps += ["--lr_scheduler_type", "constant", "--learning_rate", "1e9", "--weight_decay", "1e9"]
     assert run(command, folder, tmp_path, *steps) == 1
     error = capsys.readouterr().err
-    assert "training diverged: " in error and "is not finite after step 3; a lower" in error
+    assert "training diverged: " in error and "is not finite after step 3; start anew" in error
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
