@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from test_trainer import assert_same_state, make_trainer
 from tiny import make_tokenizer, tiny_config
 from torch import nn
@@ -391,31 +392,69 @@ def test_early_stopping_counts_on(folder, tmp_path, step):
     assert_same_run(unbroken, resumed)
 
 
+def plain_trainer(output, rows=None, options=None, optimizer=None):
+    """Of a model of transformers, with or without an optimizer of its user."""
+    set_seed(3)
+    tokenizer = make_tokenizer()
+    model = BertForSequenceClassification(tiny_config())
+    arguments = {"max_steps": 9, "save_steps": 7} | (options or {})
+    return ResumableTrainer(
+        model,
+        TrainingArguments(
+            str(output),
+            per_device_train_batch_size=8,
+            save_strategy="steps",
+            report_to="none",
+            use_cpu=True,
+            **arguments,
+        ),
+        train_dataset=tokenized_rows() if rows is None else rows,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        optimizers=(optimizer and optimizer(model), None),
+    )
+
+
+def tokenized_rows():
+    tokenizer = make_tokenizer()
+    return [dict(tokenizer(f"w{n % 7} w{n % 3}"), labels=n % 2) for n in range(40)]
+
+
+class WithoutLength(torch.utils.data.IterableDataset):
+    """One that has __len__, and no length, as wrappers of streams have."""
+
+    def __iter__(self):
+        return iter(tokenized_rows())
+
+    def __len__(self):
+        raise TypeError("a stream has no length")
+
+
+def test_settings_that_a_run_does_not_use_may_change(tmp_path):
+    def own(model):
+        return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    plain_trainer(tmp_path, optimizer=own).train()
+    longer = {"learning_rate": 0.5, "weight_decay": 0.1, "max_steps": 11}
+    resumed = plain_trainer(tmp_path, options=longer, optimizer=own)
+    assert resumed.train(resume_from_checkpoint=True).global_step == 11
+    with pytest.raises(UsageError, match="`seed` was 42, and is 1 now"):
+        plain_trainer(tmp_path, options=longer | {"seed": 1}, optimizer=own).train(True)
+
+
+def test_the_same_examples_in_another_kind_of_data_set_may_be_given(tmp_path):
+    plain_trainer(tmp_path, rows=Dataset.from_list(tokenized_rows())).train()
+    assert plain_trainer(tmp_path, options={"max_steps": 11}).train(True).global_step == 11
+    other = Dataset.from_list(tokenized_rows()[::-1])
+    with pytest.raises(UsageError, match="the tokens of the training examples are others"):
+        plain_trainer(tmp_path / "anew", rows=other).train(str(tmp_path / "checkpoint-7"))
+    assert plain_trainer(tmp_path / "stream", rows=WithoutLength()).train().global_step == 9
+
+
 def test_model_of_transformers_resumes_bit_equal(folder, tmp_path):
     """What finetune trains."""
 
-    def make(name):
-        set_seed(3)
-        tokenizer = make_tokenizer()
-        rows = [dict(tokenizer(f"w{n % 7} w{n % 3}"), labels=n % 2) for n in range(40)]
-        arguments = TrainingArguments(
-            str(tmp_path / name),
-            per_device_train_batch_size=8,
-            max_steps=9,
-            save_strategy="steps",
-            save_steps=7,
-            report_to="none",
-            use_cpu=True,
-        )
-        return ResumableTrainer(
-            BertForSequenceClassification(tiny_config()),
-            arguments,
-            train_dataset=rows,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            processing_class=tokenizer,
-        )
-
-    unbroken, resumed = make("unbroken"), make("resumed")
+    unbroken, resumed = (plain_trainer(tmp_path / name) for name in ("unbroken", "resumed"))
     unbroken.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "unbroken" / "checkpoint-7"))
     assert_same_run(unbroken, resumed)

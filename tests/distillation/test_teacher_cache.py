@@ -93,6 +93,15 @@ def test_a_cache_that_fits_is_used_without_the_teacher(tokens, tmp_path, monkeyp
         assert torch.equal(first[name][:], again[name][:])
 
 
+def test_a_teacher_that_is_changed_in_place_makes_another_cache(tokens, tmp_path):
+    model = make_model(make_teacher())
+    before = cached(model, tokens, tmp_path / "cache")["teacher_logits"][:]
+    with torch.no_grad():
+        model.teacher.classifier.bias += 1
+    after = cached(model, tokens, tmp_path / "cache")["teacher_logits"][:]
+    torch.testing.assert_close(after, before + 1)
+
+
 CHANGES = {
     "weights": lambda path: {"teacher": make_teacher(initializer_range=0.1)},
     "config": lambda path: {"teacher": make_teacher(hidden_act="relu")},
