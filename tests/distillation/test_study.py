@@ -1,6 +1,7 @@
 """codir-fast study: runs are made once and told apart; tables follow from the lines."""
 
 import json
+import re
 from datetime import date
 from pathlib import Path
 
@@ -241,7 +242,9 @@ def test_a_run_that_fails_ends_the_study_and_leaves_the_others(study, tmp_path, 
     study |= {"arms": study["arms"] | {"paper": settings}}
     assert main(command(study, tmp_path, "--jobs", jobs)) == code
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("codir-fast: error: study: arm paper, regime few, seed 10: ")
+    # Of two processes one may be so late that the other comes to the second seed first.
+    seed = "10" if jobs == "1" else "1[01]"
+    assert re.match(f"codir-fast: error: study: arm paper, regime few, seed {seed}: ", error)
     out = tmp_path / "out"
     kept = read_lines(out / "runs.jsonl")
     assert {line["arm"] for line in kept} == {"ce_kd"} and kept[0]["seed"] == 10
