@@ -43,6 +43,7 @@ from codir_fast.loss_arguments import (
     check_pair,
     inverse_temperature,
     product_dtype,
+    refuse_picks,
 )
 from codir_fast.negatives import Negatives, choose_negatives
 from codir_fast.ops.contrast import PreparedPair
@@ -195,7 +196,7 @@ def partial_sums(
     check_pair(query, positive_key)
     is_of_positive = negative_keys is None
     if negative_keys is None:
-        _refuse_picks(
+        refuse_picks(
             labels=labels,
             negative_labels=negative_labels,
             negative_index=negative_index,
@@ -223,14 +224,6 @@ def partial_sums(
     loss, dquery, dinv_temperature = sums
     dquery = pair.bring_back((loss, loss, dquery, dquery, dinv_temperature))[2]
     return PartialSums(loss, dquery, dinv_temperature)
-
-
-def _refuse_picks(**picks: Tensor | None) -> None:
-    for name, value in picks.items():
-        if value is not None:
-            raise ValueError(
-                f"`{name}` needs `negative_keys`, got None: the positive's part has no negatives"
-            )
 
 
 def _banks(module: nn.Module) -> Iterator[tuple[str, BankRows]]:

@@ -66,6 +66,15 @@ def check_constants(
     return num_noise or 1, num_data or 1
 
 
+def refuse_picks(**picks: Tensor | None) -> None:
+    """Which negatives count has no meaning for the part of a sum that is the positive's."""
+    for name, value in picks.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` needs `negative_keys`, got None: the positive's part has no negatives"
+            )
+
+
 def as_number(value: Any) -> Any:
     """A number of another library, numpy's say, as Python has it; anything else as it is."""
     if isinstance(value, (int, float)):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from codir_fast.distillation.layer_mapping import parse_layer_mapping
+from codir_fast.loss_arguments import OBJECTIVES
 from codir_fast.ops.masked_pool import MODES
 
 # What --preset sets, for flags that are not given. The paper's form is that of the defaults; the
@@ -139,7 +140,7 @@ class LayerConfig:
     }
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "bank_init": ("empty", "random"),
-        "objective": ("infonce", "nce"),
+        "objective": OBJECTIVES,
         "head_init": ("apart", "equal"),
         "contrast_layers": ("joint", "each"),
     }
