@@ -133,7 +133,7 @@ test-gpu: gpu $(GPU_BUILD)/.installed
 	set +x; [ -z "$$failed" ] || { echo "test-gpu: failed or out of time$$failed; see $(GPU_OUT)/tests.jsonl" >&2; exit 1; }
 
 # Quick: ours and what any user would write, at each shape.
-QUICK_BENCH := --peers codir_fast-cuda codir_fast-graph codir_fast-cuda-graph eager --budget 0.2 --limit 30
+QUICK_BENCH := --peers codir_fast-triton codir_fast-triton-graph codir_fast-cuda-graph eager --budget 0.2 --limit 30
 bench-gpu: gpu $(GPU_BUILD)/.installed
 	cd $(GPU_BUILD) && $(THEIR_PYTHON) -m codir_fast bench --device cuda --shape $(or $(SHAPE),all) \
 	  $(if $(QUICK),$(QUICK_BENCH),--sweep K --budget 0.3) --out $(GPU_OUT)

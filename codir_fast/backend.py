@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,13 +29,15 @@ _OPS_OF: dict[str, tuple[str, ...]] = {
 # there is taken: Triton has no float64 but in masked_pool, and embeddings of up to 4096 columns,
 # the C++ kernels no float8 banks. What isn't here runs "torch". The rows of the CPU are compared
 # with float64 there, in every test run. Those of CUDA, sm_80 and newer, stand on Triton's
-# interpreter and on what the compiler makes of the kernels (make static-gpu): no row of it has been
-# seen on a GPU yet. Hand-written kernels ("cuda") come in once a committed result file shows them
-# right and faster than Triton's on the hardware that a row names; until then they run by name.
+# interpreter, on what the compiler makes of the kernels (make static-gpu), and on the runs of a
+# H200 that are in benchmarks/results. Hand-written kernels ("cuda") are taken on the architecture
+# where those show them right and faster than Triton's, elsewhere by name only.
 AUTO = {
     **{("cpu", op): ("cpu", "torch") for op in OPS},
     **{("cuda", op): ("triton", "torch") for op in OPS},
+    **{("cuda", op): ("cuda", "triton", "torch") for op in ("masked_pool", "bank_contrast")},
 }
+_CUDA_SHOWN_ON = (9, 0)
 _TRITON_MAX_DIM = 4096
 _CUDA_MAX_DIM = 512
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -63,11 +66,28 @@ def backends() -> dict[str, BackendStatus]:
     return status
 
 
-def resolve(
-    op: str, backend: str, inputs: torch.Tensor, bank_dtype: torch.dtype | None = None
-) -> str:
+class Rows(NamedTuple):
+    """What matters of a bank's rows: their dtype (None: that of the queries), whether they come
+    with factors, whether they begin where a copy engine can read.
+    """
+
+    dtype: torch.dtype | None = None
+    scaled: bool = False
+    aligned: bool = True
+
+
+def rows_of(bank: torch.Tensor, scale: torch.Tensor | None) -> Rows:
+    aligned = (
+        not bank.is_cuda
+        or torch.compiler.is_compiling()  # which can't see it: the operator itself will say it
+        or bank.storage_offset() * bank.element_size() % 16 == 0
+    )
+    return Rows(bank.dtype, scale is not None, aligned)
+
+
+def resolve(op: str, backend: str, inputs: torch.Tensor, rows: Rows = Rows()) -> str:  # noqa: B008 (immutable)
     """The backend that runs `op` on tensors like `inputs` (its device, dtype, and last size as the
-    width of an embedding) and a bank of `bank_dtype`: `backend` itself, or what AUTO says.
+    width of an embedding) and such rows of a bank: `backend` itself, or what AUTO says.
 
     Raises:
         ValueError: `backend` is no backend's name.
@@ -76,12 +96,14 @@ def resolve(
     check_choice("backend", backend, ("auto", *NAMES))
     if backend == "auto":
         choices = AUTO.get((inputs.device.type, op), ("torch",))
+        if "cuda" in choices and _compute_capability(inputs.device) != _CUDA_SHOWN_ON:
+            choices = choices[1:]
         if len(choices) == 1:
             return choices[0]
-        return next(name for name in choices if not _why_not(op, name, inputs, bank_dtype))
-    reason = _why_not(op, backend, inputs, bank_dtype)
+        return next(name for name in choices if not _why_not(op, name, inputs, rows))
+    reason = _why_not(op, backend, inputs, rows)
     if reason:
-        able = [name for name in NAMES if not _why_not(op, name, inputs, bank_dtype)]
+        able = [name for name in NAMES if not _why_not(op, name, inputs, rows)]
         where = f"{op} on {inputs.device}"
         raise RuntimeError(
             f"backend {backend!r} can't run {where}: {reason}; backends that can: {able}"
@@ -89,13 +111,13 @@ def resolve(
     return backend
 
 
-def _why_not(op: str, backend: str, inputs: torch.Tensor, bank_dtype: torch.dtype | None) -> str:
+def _why_not(op: str, backend: str, inputs: torch.Tensor, rows: Rows) -> str:
     """Empty when the backend can run the operator on such inputs."""
     device_type = inputs.device.type
     if op not in _OPS_OF[backend]:
         return f"it has no {op}"
     if backend == "cpu":
-        if bank_dtype == torch.float8_e4m3fn:
+        if rows.dtype == torch.float8_e4m3fn:
             return "it has no float8 banks"
         return "" if device_type == "cpu" else "it needs tensors on the CPU"
     if backend == "triton" and op != "masked_pool":
@@ -103,32 +125,45 @@ def _why_not(op: str, backend: str, inputs: torch.Tensor, bank_dtype: torch.dtyp
             return "it has no float64"
         if inputs.shape[-1] > _TRITON_MAX_DIM:
             return f"D is {inputs.shape[-1]}, it takes up to {_TRITON_MAX_DIM}"
-        if bank_dtype == torch.float8_e4m3fn and _compute_capability(device_type) < (8, 9):
+        is_float8 = rows.dtype == torch.float8_e4m3fn
+        if is_float8 and _compute_capability(inputs.device) < (8, 9):
             return "a float8 bank needs sm_89 or newer"
     if backend == "cuda" and op == "bank_contrast":
-        reason = _why_not_cuda_bank_contrast(inputs, bank_dtype)
+        reason = _why_not_cuda_bank_contrast(inputs, rows)
         if reason:
             return reason
     if torch.compiler.is_compiling():  # the rest can't be traced: the operator itself will say it
         return ""
-    available, reason = _availability(backend)
-    if not available:
+    if backend == "torch":
+        return ""
+    if backend == "triton" and _has_triton() and _triton_interprets():
+        return ""
+    reason = _what_is_missing(backend) or _why_no_gpu()
+    if reason:
         return reason
-    if backend == "cuda" and device_type != "cuda":
+    if device_type != "cuda":
         return "it needs tensors on a CUDA GPU"
-    if backend == "cuda" and op == "bank_contrast" and _compute_capability(device_type) != (9, 0):
+    capability = _compute_capability(inputs.device)
+    if capability < (8, 0):
+        return _too_old(capability)
+    if backend == "cuda" and op == "bank_contrast" and capability != (9, 0):
         return "it needs a Hopper GPU, sm_90"
-    if backend == "triton" and device_type != "cuda" and not _triton_interprets():
-        return "it needs tensors on a CUDA GPU"
     return ""
 
 
-def _why_not_cuda_bank_contrast(inputs: torch.Tensor, bank_dtype: torch.dtype | None) -> str:
+def _why_not_cuda_bank_contrast(inputs: torch.Tensor, rows: Rows) -> str:
     """What it lacks for tensors like these, on whatever machine."""
     if inputs.dtype not in _CUDA_DTYPES:
         return f"it takes bfloat16 and float16, `query` is {inputs.dtype}"
-    if bank_dtype not in (None, inputs.dtype):
-        return f"`query` is {inputs.dtype} and the bank {bank_dtype}: it needs one dtype"
+    if rows.dtype not in (None, inputs.dtype):
+        return f"`query` is {inputs.dtype} and the bank {rows.dtype}: it needs one dtype"
+    if rows.scaled:
+        return (
+            "it takes negatives as they are: keep them in a bank, or normalise them and `query` "
+            "beforehand and pass normalize=False"
+        )
+    if not rows.aligned:
+        return "`bank` must begin at a multiple of 16 bytes"
     D = inputs.shape[-1]
     if D > _CUDA_MAX_DIM or D % 8 != 0:
         return f"D is {D}, it takes multiples of 8 up to {_CUDA_MAX_DIM}"
@@ -140,43 +175,34 @@ def _availability(backend: str) -> tuple[bool, str]:
         return True, "PyTorch on any device"
     if backend == "cpu":
         return True, f"C++, {_C.cpu_isa()} code in use"
-    return _cuda_availability() if backend == "cuda" else _triton_availability()
-
-
-def _cuda_availability() -> tuple[bool, str]:
-    if not _built_with_cuda():
-        return False, "this build of codir_fast has no CUDA part: nvcc was not found"
-    reason = _why_no_gpu()
+    if backend == "triton" and _has_triton() and _triton_interprets():
+        return True, "Triton's interpreter (TRITON_INTERPRET=1): slow, for tests"
+    reason = _what_is_missing(backend) or _why_no_gpu()
     if reason:
         return False, reason
-    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    on_hopper = (major, minor) == (9, 0)
-    contrast = "" if on_hopper else "; bank_contrast needs sm_90"
-    return True, f"hand-written CUDA on {name}, sm_{major}{minor}{contrast}; not timed on a GPU yet"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return False, _too_old(capability)
+    where = f"{torch.cuda.get_device_name()}, {_sm(capability)}"
+    if backend == "triton":
+        return True, f"Triton on {where}"
+    contrast = "" if capability == (9, 0) else "; bank_contrast needs sm_90"
+    return True, f"hand-written CUDA on {where}{contrast}"
 
 
+def _what_is_missing(backend: str) -> str:
+    """Whatever the GPU; empty if nothing."""
+    if backend == "cuda" and not _built_with_cuda():
+        return "this build of codir_fast has no CUDA part: nvcc was not found"
+    return (
+        "the triton package is not installed" if backend == "triton" and not _has_triton() else ""
+    )
+
+
+# What is asked at each call of a loss is asked of the driver once.
 @functools.cache
 def _built_with_cuda() -> bool:
     return _C.build_info()["cuda"]  # which asks the driver for all that it knows of each GPU
-
-
-def _why_no_gpu() -> str:
-    """Empty where torch has a GPU that is new enough for the kernels."""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA GPU"
-    major, minor = torch.cuda.get_device_capability()
-    return "" if major >= 8 else f"the GPU is sm_{major}{minor}, the kernels need sm_80 or newer"
-
-
-def _compute_capability(device_type: str) -> tuple[int, int]:
-    """Of the GPU; nothing is too old for Triton's interpreter, or known while compiling."""
-    if device_type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
-        return (99, 0)
-    return torch.cuda.get_device_capability()
-
-
-def _triton_interprets() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
@@ -184,13 +210,30 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton_availability() -> tuple[bool, str]:
-    if not _has_triton():
-        return False, "the triton package is not installed"
-    if _triton_interprets():
-        return True, "Triton's interpreter (TRITON_INTERPRET=1): slow, for tests"
-    reason = _why_no_gpu()
-    if reason:
-        return False, reason
-    major, minor = torch.cuda.get_device_capability()
-    return True, f"Triton on {torch.cuda.get_device_name()}, sm_{major}{minor}"
+@functools.cache
+def _capability_of(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _why_no_gpu() -> str:
+    return "" if torch.cuda.is_available() else "torch sees no CUDA GPU"
+
+
+def _too_old(capability: tuple[int, int]) -> str:
+    return f"the GPU is {_sm(capability)}, the kernels need sm_80 or newer"
+
+
+def _sm(capability: tuple[int, int]) -> str:
+    return "sm_{}{}".format(*capability)
+
+
+@torch.compiler.assume_constant_result
+def _compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; nothing is too old for Triton's interpreter."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return (99, 0)
+    return _capability_of(device)

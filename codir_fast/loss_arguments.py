@@ -109,7 +109,7 @@ def product_dtype(query: Tensor, backend: str) -> torch.dtype:
     wide = compute_dtype(query.dtype)
     if query.dtype == wide:
         return wide
-    on_gpu = resolve("bank_contrast", backend, query, query.dtype) in ("triton", "cuda")
+    on_gpu = resolve("bank_contrast", backend, query) in ("triton", "cuda")
     return query.dtype if on_gpu else wide
 
 

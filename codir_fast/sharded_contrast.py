@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codir_fast.backend import resolve
+from codir_fast.backend import resolve, rows_of
 from codir_fast.collectives import exchange, gather, outside_graphs
 from codir_fast.negatives import ChosenNegatives
 from codir_fast.ops import registration
@@ -142,13 +142,13 @@ class _Pass:
 
     def run(self, positive: Tensor) -> Outputs:
         query, bank = self.queries.query, self.negatives.rows[self.part]
-        name = resolve(self.op, self.objective.backend, query, bank.dtype)
+        name = resolve(self.op, self.objective.backend, query, rows_of(bank, self.negatives.scale))
         return registration.overload(self.op, name)(query, positive, bank, *self._rest())
 
     def backward(self, grad_loss: Tensor, lse: Tensor) -> Tensor:
         """Gradient to the rows of the part, as of all queries' losses."""
         query, bank = self.queries.query, self.negatives.rows[self.part]
-        name = resolve(self.op, self.objective.backend, query, bank.dtype)
+        name = resolve(self.op, self.objective.backend, query, rows_of(bank, self.negatives.scale))
         inv_temperature, *rest = self._rest()
         if self.times is not None:
             grad_loss = grad_loss * self.times

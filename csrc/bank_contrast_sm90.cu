@@ -13,13 +13,13 @@ namespace sm90 {
 namespace {
 
 template <int kDim, typename Element>
-__global__ void __launch_bounds__(kCombineWarps* kWarp)
+__global__ void __launch_bounds__(combine_warps(kDim) * kWarp)
     prepare_kernel(Element* unit, const void* query, int B, int D, bool normalize) {
   prepare_queries<kDim>(unit, query, B, D, normalize);
 }
 
 template <int kDim, typename Element>
-__global__ void __launch_bounds__(kCombineWarps* kWarp)
+__global__ void __launch_bounds__(combine_warps(kDim) * kWarp)
     combine_kernel(const __grid_constant__ CombineArguments arguments) {
   __shared__ double exchange[combine_doubles(kDim)];
   combine_splits<kDim, Element>(arguments, exchange);
@@ -28,10 +28,12 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp)
 // Calls run(element, columns) with what the kernels for these are compiled for.
 template <typename Run>
 cudaError_t with_kernels(DType dtype, int D, const Run& run) {
-  using Narrow = std::integral_constant<int, 256>;
-  using Wide = std::integral_constant<int, kMaxDim>;
   const auto with_columns = [&](auto element) {
-    return combined_dim(D) == Narrow::value ? run(element, Narrow()) : run(element, Wide());
+    const int dim = combined_dim(D);
+    if (dim == 64) return run(element, std::integral_constant<int, 64>());
+    if (dim == 128) return run(element, std::integral_constant<int, 128>());
+    if (dim == 256) return run(element, std::integral_constant<int, 256>());
+    return run(element, std::integral_constant<int, kMaxDim>());
   };
   return dtype == DType::kBFloat16 ? with_columns(BFloat16Element())
                                    : with_columns(Float16Element());
@@ -80,7 +82,8 @@ struct CudaLauncher {
   cudaStream_t stream;
 
   const char* prepare(DType dtype, void* unit, const void* query, int B, int D, bool normalize) {
-    Launch launch(ceil_div(B, kCombineWarps), kCombineWarps * kWarp, 0, 1, false, stream);
+    const int warps = combine_warps(combined_dim(D));
+    Launch launch(ceil_div(B, warps), warps * kWarp, 0, 1, false, stream);
     return text_of(with_kernels(dtype, D, [&](auto element, auto dim) {
       using Element = decltype(element);
       return cudaLaunchKernelEx(&launch.config, prepare_kernel<dim.value, Element>,
@@ -105,7 +108,8 @@ struct CudaLauncher {
 
   const char* combine(DType dtype, const CombineArguments& arguments, int blocks,
                       bool after_previous) {
-    Launch launch(blocks, kCombineWarps * kWarp, 0, 1, after_previous, stream);
+    const int warps = combine_warps(combined_dim(arguments.D));
+    Launch launch(blocks, warps * kWarp, 0, 1, after_previous, stream);
     return text_of(with_kernels(dtype, arguments.D, [&](auto element, auto dim) {
       return cudaLaunchKernelEx(&launch.config, combine_kernel<dim.value, decltype(element)>,
                                 arguments);

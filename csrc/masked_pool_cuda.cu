@@ -11,16 +11,16 @@ namespace pool {
 namespace {
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks)
     masked_pool_kernel(const __grid_constant__ PoolArguments arguments, PoolMode mode) {
   __shared__ __align__(16) unsigned char exchange[exchange_bytes<T, kVector>()];
   pool_forward<T, kVector>(arguments, mode, exchange);
 }
 
 template <typename T, int kVector>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 8)
     masked_pool_backward_kernel(const __grid_constant__ PoolArguments arguments, PoolMode mode) {
-  __shared__ __align__(16) unsigned char exchange[kThreads * sizeof(int)];
+  __shared__ __align__(16) unsigned char exchange[kWarps * sizeof(int)];
   pool_backward<T, kVector>(arguments, mode, exchange);
 }
 
@@ -32,6 +32,11 @@ cudaError_t launch(const PoolArguments& a, int layers, PoolMode mode, bool backw
   if (blocks >= std::int64_t{1} << 31) return cudaErrorInvalidConfiguration;
   const auto kernel =
       backward ? masked_pool_backward_kernel<T, kVector> : masked_pool_kernel<T, kVector>;
+  if (!backward) {  // room for kResidentBlocks
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (error != cudaSuccess) return error;
+  }
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a, mode);
   return cudaGetLastError();
 }

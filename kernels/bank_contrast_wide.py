@@ -192,7 +192,7 @@ def bank_contrast_rows_kernel(
 def two_products(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     B, K, D, dtype, device = problem.B, problem.K, problem.D, problem.dtype, problem.device
     arch = tiles.architecture(device)
-    first, second = tiles.bank_contrast_wide(arch, dtype, problem.flags, problem.bank.dtype)
+    first, second = tiles.bank_contrast_wide(arch, dtype, B, problem.flags, problem.bank.dtype)
     BLOCK_K = first["BLOCK_K"]
     chunk = min(tiles.chunk_rows(B, D, dtype, BLOCK_K), triton.cdiv(max(K, 1), BLOCK_K) * BLOCK_K)
     blocks = triton.cdiv(B, second["BLOCK_B"]) * triton.cdiv(D, second["BLOCK_D"])

@@ -164,10 +164,12 @@ def combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (B,): merges the splits of one query, in their order."""
+    """Grid (B,): merges the splits of one query, in an order that depends on their number alone."""
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     inside = d < D
+    query = tl.load(query_ptr + i * D + d, mask=inside, other=0.0).to(tl.float64)
+    positive = tl.load(positive_ptr + i * D + d, mask=inside, other=0.0).to(tl.float64)
     largest = tl.full((BLOCK_S,), -float("inf"), tl.float32)
     for n0 in range(0, splits, BLOCK_S):
         n = (n0 + tl.arange(0, BLOCK_S)).to(tl.int64)
@@ -176,22 +178,21 @@ def combine_kernel(
     largest = tl.max(largest, 0)
     shift = tl.where(largest == -float("inf"), 0.0, largest)
     total = tl.zeros((BLOCK_S,), tl.float64)
-    summed = tl.zeros((BLOCK_D,), tl.float64)
+    summed = tl.zeros((BLOCK_S, BLOCK_D), tl.float64)
     for n0 in range(0, splits, BLOCK_S):
         n = (n0 + tl.arange(0, BLOCK_S)).to(tl.int64)
         maximum = tl.load(maximum_ptr + n * B + i, mask=n < splits, other=-float("inf"))
-        weight = tl.exp2((maximum - shift).to(tl.float64))
+        weight = tl.exp2(maximum - shift).to(tl.float64)
         total += weight * tl.load(total_ptr + n * B + i, mask=n < splits, other=0.0)
         rows = tl.load(
             rows_ptr + (n * B + i)[:, None] * D + d[None, :],
             mask=(n < splits)[:, None] & inside[None, :],
             other=0.0,
         )
-        summed += tl.sum(weight[:, None] * rows, 0)
+        summed += weight[:, None] * rows
     total = tl.sum(total, 0)
+    summed = tl.sum(summed, 0)
 
-    query = tl.load(query_ptr + i * D + d, mask=inside, other=0.0).to(tl.float64)
-    positive = tl.load(positive_ptr + i * D + d, mask=inside, other=0.0).to(tl.float64)
     query_scale, query_moves = _inverse_norm(query, NORMALIZE)
     positive_scale, positive_moves = _inverse_norm(positive, NORMALIZE)
     query = query * query_scale
@@ -361,13 +362,18 @@ class Problem:
             NCE=self.flags["NCE"],
             NORMALIZE=self.normalize,
             T_ON_DEVICE=self.flags["T_ON_DEVICE"],
-            **combine_tile(BLOCK_D),
+            **combine_tile(BLOCK_D, sums[0].shape[0]),
         )
 
 
-def combine_tile(BLOCK_D: int) -> dict[str, int]:
-    """A program merges 8,192 elements at a time, 32 a thread."""
-    return {"BLOCK_S": max(1, 8192 // BLOCK_D), "BLOCK_D": BLOCK_D, "num_warps": 8}
+def combine_tile(BLOCK_D: int, splits: int) -> dict[str, int]:
+    """A program merges up to 16,384 elements at a time, 32 a thread, and has up to 8 columns a
+    thread of query and positive. Few splits take few threads, since each query has a program.
+    """
+    most = 16384 if BLOCK_D <= 256 else 8192
+    BLOCK_S = min(triton.next_power_of_2(splits), most // BLOCK_D)
+    num_warps = min(16, max(1, BLOCK_D // 256, BLOCK_S * BLOCK_D // 1024))
+    return {"BLOCK_S": BLOCK_S, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
 
 
 def prepare_tile(BLOCK_D: int) -> dict[str, int]:

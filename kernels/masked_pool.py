@@ -65,18 +65,20 @@ def _mean(
     HAS_MASK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_SCAN: tl.constexpr,
 ):
+    # First the whole mask: what the loop reads of it is near by then, and no step waits long before
+    # its tokens are under way.
+    count = _count_tokens(mask_ptr, T, stride_mt, HAS_MASK, BLOCK_SCAN)
     # One sum per slot of the tile: no exchange between threads before the end, and sums of long
     # texts lose no digits.
     total = tl.zeros((BLOCK_T, BLOCK_H), ACC)
-    count = tl.zeros((BLOCK_T,), tl.int32)
-    for t0 in range(0, T, BLOCK_T):
+    for t0 in tl.range(0, T, BLOCK_T, loop_unroll_factor=4):
         t = t0 + tl.arange(0, BLOCK_T)
         real = _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)
         rows = state_ptrs[None, :] + t.to(tl.int64)[:, None] * stride_t
         total += tl.load(rows, mask=real[:, None] & inside[None, :], other=0.0).to(ACC)
-        count += real.to(tl.int32)
-    return tl.sum(total, 0) / tl.maximum(tl.sum(count), 1).to(ACC)
+    return tl.sum(total, 0) / tl.maximum(count, 1).to(ACC)
 
 
 @triton.jit
@@ -161,7 +163,17 @@ def masked_pool_kernel(
     out = (b * tl.num_programs(1) + layer) * H + h
     if MODE == "mean":
         value = _mean(
-            state_ptrs, inside, mask_ptr, T, stride_t, stride_mt, ACC, HAS_MASK, BLOCK_T, BLOCK_H
+            state_ptrs,
+            inside,
+            mask_ptr,
+            T,
+            stride_t,
+            stride_mt,
+            ACC,
+            HAS_MASK,
+            BLOCK_T,
+            BLOCK_H,
+            BLOCK_SCAN,
         )
     elif MODE == "max":
         value, token = _max(

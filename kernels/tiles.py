@@ -32,11 +32,17 @@ class PoolTile(NamedTuple):
     num_warps: int
 
 
-# 8 or 16 values a thread, in two to four 16-byte loads.
+# 8 to 32 values a thread, in two to four 16-byte loads.
 MASKED_POOL: dict[int, dict[torch.dtype, PoolTile]] = {
     80: {
         torch.float16: PoolTile(16, 128, 128, 4),
         torch.bfloat16: PoolTile(16, 128, 128, 4),
+        torch.float32: PoolTile(16, 128, 128, 4),
+        torch.float64: PoolTile(8, 128, 128, 4),
+    },
+    90: {
+        torch.float16: PoolTile(32, 128, 128, 4),
+        torch.bfloat16: PoolTile(32, 128, 128, 4),
         torch.float32: PoolTile(16, 128, 128, 4),
         torch.float64: PoolTile(8, 128, 128, 4),
     },
@@ -101,15 +107,17 @@ BANK_CONTRAST: dict[int, dict[Any, dict[int, dict[int, _Tiles]]]] = {
             },
             128: {
                 16: (_tma(16, 128, 4, 3), _tma(16, 64, 4, 3)),
-                32: (_tma(32, 128, 4, 3), _tma(32, 64, 4, 3)),
+                32: (_tma(32, 128, 8, 3), _tma(32, 64, 4, 3)),
                 64: (_tma(64, 128, 4, 3), _tma(64, 64, 4, 3)),
-                _ALL: (_tma(128, 128, 8, 3), _tma(128, 64, 8, 3)),
+                256: (_tma(64, 128, 4, 3), _tma(128, 64, 8, 3)),
+                2048: (_tma(128, 64, 8, 3), _tma(128, 64, 8, 3)),
+                _ALL: (_tma(64, 128, 4, 3), _tma(128, 64, 8, 3)),
             },
             256: {
                 16: (_tma(16, 64, 4, 3), _tma(16, 32, 8, 3)),
                 32: (_tma(32, 64, 4, 3), _tma(32, 32, 8, 2)),
                 64: (_tma(64, 64, 4, 3), _tma(64, 32, 8, 3)),
-                _ALL: (_tma(128, 64, 8, 2), _tma(64, 32, 8, 3)),
+                _ALL: (_tma(128, 64, 8, 3), _tma(64, 32, 8, 3)),
             },
             512: {
                 _ALL: (_tma(64, 64, 8, 2, FIXED=False), _tma(64, 32, 8, 3, FIXED=False)),
@@ -186,7 +194,7 @@ BANK_CONTRAST_WIDE: dict[int, dict[Any, tuple[WideTile, WideTile, RowsTile]]] = 
     },
     90: {
         HALF: (
-            WideTile(128, 128, 64, 8, 4, TMA=True),
+            WideTile(256, 128, 64, 8, 4, TMA=True),
             WideTile(64, 128, 64, 8, 4, TMA=True),
             RowsTile(128, 128, 8, 3),
         ),
@@ -229,7 +237,8 @@ class IndexedTile(NamedTuple):
     num_warps: int
 
 
-INDEXED_CONTRAST: dict[int, IndexedTile] = {80: IndexedTile(8192, 8)}
+INDEXED_CONTRAST: dict[int, IndexedTile] = {80: IndexedTile(8192, 8), 90: IndexedTile(4096, 1)}
+INDEXED_CONTRAST_BACKWARD: dict[int, IndexedTile] = {80: IndexedTile(8192, 8)}
 
 
 def bank_contrast(
@@ -275,13 +284,19 @@ def _is_widest(dtype: torch.dtype, bank_dtype: torch.dtype | None) -> bool:
 
 
 def bank_contrast_wide(
-    arch: int, dtype: torch.dtype, flags: dict[str, Any], bank_dtype: torch.dtype | None = None
+    arch: int,
+    dtype: torch.dtype,
+    B: int,
+    flags: dict[str, Any],
+    bank_dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tiles of the two products."""
     weights, of_nce, rows = choose(BANK_CONTRAST_WIDE, arch)[_key(dtype)]
+    first, BLOCK_B = of_nce if flags["NCE"] else weights, max(64, triton.next_power_of_2(B))
     if _is_widest(dtype, bank_dtype):
-        rows = rows._replace(BLOCK_D=64)
-    return (of_nce if flags["NCE"] else weights)._asdict(), rows._asdict()
+        rows, BLOCK_B = rows._replace(BLOCK_D=64), min(128, BLOCK_B)
+    first = first._replace(BLOCK_B=min(first.BLOCK_B, BLOCK_B))
+    return first._asdict(), rows._asdict()
 
 
 def bank_contrast_backward(arch: int, dtype: torch.dtype, padded_D: int) -> dict[str, Any]:
@@ -293,14 +308,17 @@ def bank_contrast_backward(arch: int, dtype: torch.dtype, padded_D: int) -> dict
 
 
 def indexed_contrast(arch: int, padded_D: int) -> dict[str, int]:
-    tile = choose(INDEXED_CONTRAST, arch)
-    rows = max(1, min(64, tile.ELEMENTS // padded_D))
-    return {"BLOCK_M": rows, "BLOCK_D": padded_D, "num_warps": tile.num_warps}
+    return _indexed(choose(INDEXED_CONTRAST, arch), padded_D, 64)
 
 
 def indexed_contrast_backward(arch: int, padded_D: int) -> dict[str, int]:
-    tile = indexed_contrast(arch, padded_D)
-    return {**tile, "BLOCK_M": min(tile["BLOCK_M"], 16)}  # few queries name the same row
+    # Few queries name the same row.
+    return _indexed(choose(INDEXED_CONTRAST_BACKWARD, arch), padded_D, 16)
+
+
+def _indexed(tile: IndexedTile, padded_D: int, most_rows: int) -> dict[str, int]:
+    rows = max(1, min(most_rows, tile.ELEMENTS // padded_D))
+    return {"BLOCK_M": rows, "BLOCK_D": padded_D, "num_warps": tile.num_warps}
 
 
 def bank_update(padded_D: int) -> dict[str, int]:
@@ -352,12 +370,13 @@ def _split(
 
 
 MAX_PARTIAL_BYTES = 1 << 28
-_CHUNK_BYTES = 1 << 24  # of weights, and of bank rows: both stay in L2 between the two products
+# Of weights, and of bank rows: the second product finds in L2 what the first one has left there.
+_WEIGHT_BYTES, _CHUNK_BYTES = 1 << 24, 1 << 26
 
 
 def chunk_rows(B: int, D: int, dtype: torch.dtype, BLOCK_K: int) -> int:
     """Bank rows of a chunk of the two-product form, whole blocks."""
-    rows = _CHUNK_BYTES // (dtype.itemsize * max(B, D))
+    rows = min(_WEIGHT_BYTES // B, _CHUNK_BYTES // D) // dtype.itemsize
     return max(1, rows // BLOCK_K) * BLOCK_K
 
 
@@ -365,9 +384,15 @@ def num_programs(device: torch.device, resident: int) -> int:
     """Programs that run at once, `resident` on each multiprocessor. Four for the interpreter."""
     if device.type != "cuda":
         return 4
-    return resident * torch.cuda.get_device_properties(device).multi_processor_count
+    return resident * _num_multiprocessors(device)
 
 
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
 def architecture(device: torch.device) -> int:
     """90 for sm_90, and for Triton's interpreter, which takes whatever Triton has."""
     if device.type != "cuda":

@@ -2,6 +2,7 @@
 `make static-gpu` compiles, and what tests look into.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,7 @@ USES: dict[str, dict[str, bool]] = {
 FLOAT8_USES = ("rows of any length", "rows of any length, labels")
 # A bank keeps float32 rows unless it is told otherwise; under autocast queries are bfloat16.
 FLOAT32_USES = ("all rows", "bank with labels", "bank not full")
+QUERIES = (16, 32, 64, 256, 512, 2048, 4096)  # each tile of a table serves one of these
 FLAGS = ("HAS_SCALE", "HAS_LABELS", "HAS_EXCLUDE", "HAS_VALID", "HAS_TAIL", "NCE", "T_ON_DEVICE")
 
 
@@ -76,26 +78,29 @@ def _every(arch: int) -> Iterator[Variant]:
     yield from pools(arch)
     for dtype in (HALF, torch.float16, FLOAT):
         for D in (64, 128, 256, 512):
-            for B in (16, 32, 64, 128):
+            for B in QUERIES:
                 for use in USES:
                     # float16 takes the same tiles as bfloat16, without the fixed shift.
                     if dtype != torch.float16 or use in ("all rows", "bank with labels"):
                         yield from passes(arch, dtype, B, D, use)
     if arch >= 90:  # sm_80 has no float8
         for use in FLOAT8_USES:
-            yield from two_products(arch, HALF, use, torch.float8_e4m3fn)
+            for B in (64, 256):
+                yield from two_products(arch, HALF, B, use, torch.float8_e4m3fn)
         for D in (64, 128, 256, 512):
-            for B in (16, 32, 64, 128):
+            for B in QUERIES:
                 for use in FLOAT8_USES:
                     yield from passes(arch, HALF, B, D, use, torch.float8_e4m3fn)
     for use in FLOAT32_USES:
-        yield from two_products(arch, HALF, use, FLOAT)
+        for B in (64, 256):
+            yield from two_products(arch, HALF, B, use, FLOAT)
         for D in (64, 128, 256):
-            for B in (16, 32, 64, 128):
+            for B in QUERIES:
                 yield from passes(arch, HALF, B, D, use, FLOAT)
     for dtype in (HALF, FLOAT):
         for use in USES:
-            yield from two_products(arch, dtype, use)
+            for B in (64, 256):
+                yield from two_products(arch, dtype, B, use)
             for D in (64, 128, 1024):
                 yield backward(arch, dtype, D, use)
     for D in (64, 128, 512, 4096):
@@ -181,12 +186,12 @@ def passes(
 
 
 def two_products(
-    arch: int, dtype: torch.dtype, use: str, bank_dtype: torch.dtype | None = None
+    arch: int, dtype: torch.dtype, B: int, use: str, bank_dtype: torch.dtype | None = None
 ) -> Iterator[Variant]:
     """The kernels for embeddings that are wider than that."""
     flags, stored = _flags(use), bank_dtype or dtype
     dtypes = _dtypes(dtype, bank_dtype)
-    first, second = tiles.bank_contrast_wide(arch, dtype, flags, bank_dtype)
+    first, second = tiles.bank_contrast_wide(arch, dtype, B, flags, bank_dtype)
     block = (first["BLOCK_K"], first["CHUNK_D"])
     queries = (first["BLOCK_B"], first["CHUNK_D"])
     tma = first["TMA"]
@@ -209,7 +214,7 @@ def two_products(
         **first,
     }
     kernel = bank_contrast_wide.bank_contrast_weights_kernel
-    yield _variant("bank_contrast", _name("weights", *dtypes, use), arch, kernel, given)
+    yield _variant("bank_contrast", _name("weights", *dtypes, f"B={B}", use), arch, kernel, given)
     if bank_dtype is None and use not in ("all rows", "bank not full", "NCE"):
         return  # the second product differs by no more
     block = (first["BLOCK_K"], second["BLOCK_D"])
@@ -266,7 +271,8 @@ def by_index(arch: int, D: int, use: str) -> Iterator[Variant]:
 
 def others(arch: int, D: int) -> Iterator[Variant]:
     """Before and after the passes, and bank_update."""
-    for NCE, NORMALIZE, T_ON_DEVICE in ((False, True, False), (True, False, True)):
+    ends = ((False, True, False), (True, False, True))
+    for (NCE, NORMALIZE, T_ON_DEVICE), splits in itertools.product(ends, (1, 8, 264)):
         given = {
             **_sums(),
             **_objective({"NCE": NCE}),
@@ -279,11 +285,11 @@ def others(arch: int, D: int) -> Iterator[Variant]:
             "NCE": NCE,
             "NORMALIZE": NORMALIZE,
             "T_ON_DEVICE": T_ON_DEVICE,
-            **contrast.combine_tile(D),
+            **contrast.combine_tile(D, splits),
         }
         if T_ON_DEVICE:
             given["inv_temperature"] = pointer(FLOAT)
-        name = _name("combine", f"D={D}", "NCE" if NCE else "InfoNCE")
+        name = _name("combine", f"D={D}", "NCE" if NCE else "InfoNCE", f"{splits} splits")
         yield _variant("bank_contrast", name, arch, contrast.combine_kernel, given)
     for SORTED in (False, True):
         labels = ("labels_ptr", "bank_labels_ptr", "sought_ptr")

@@ -8,6 +8,7 @@ import torch
 
 import codir_fast
 from codir_fast import _C, backend
+from codir_fast.backend import Rows
 
 
 @dataclass
@@ -25,11 +26,22 @@ CPU, CUDA = Like(torch.device("cpu")), Like(torch.device("cuda", 0))
 HALF = replace(CUDA, dtype=torch.bfloat16)
 
 
+def set_capability(monkeypatch, *capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    backend._capability_of.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def ask_again():
+    yield
+    backend._capability_of.cache_clear()
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """As if there were a GPU, and Triton."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    set_capability(monkeypatch, 9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(backend, "_has_triton", lambda: True)
     monkeypatch.setattr(backend, "_built_with_cuda", lambda: True)
@@ -56,12 +68,15 @@ def test_auto(op):
 
 @pytest.mark.parametrize("op", backend.OPS)
 def test_auto_on_a_gpu(op, gpu, monkeypatch):
-    assert backend.resolve(op, "auto", CUDA) == "triton"
-    assert backend.resolve(op, "auto", replace(CUDA, dtype=torch.bfloat16)) == "triton"
-    others = "triton" if op == "masked_pool" else "torch"
+    has_cuda = op in ("masked_pool", "bank_contrast")
+    assert backend.resolve(op, "auto", HALF) == ("cuda" if has_cuda else "triton")
+    assert backend.resolve(op, "auto", CUDA) == ("cuda" if op == "masked_pool" else "triton")
+    others = "cuda" if op == "masked_pool" else "torch"
     assert backend.resolve(op, "auto", replace(CUDA, dtype=torch.float64)) == others
     assert backend.resolve(op, "auto", replace(CUDA, shape=(2, 5000))) == others
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    set_capability(monkeypatch, 10, 0)  # where the hand-written kernels were not timed
+    assert backend.resolve(op, "auto", HALF) == "triton"
+    set_capability(monkeypatch, 7, 5)
     assert backend.resolve(op, "auto", CUDA) == "torch"
     monkeypatch.setattr(backend, "_has_triton", lambda: False)
     assert backend.resolve(op, "auto", CUDA) == "torch"
@@ -107,17 +122,17 @@ def test_a_backend_that_cannot_run_says_why(name, op, device, reason, gpu, monke
 
 
 def test_cuda_on_a_gpu(gpu, monkeypatch):
-    assert backend.resolve("bank_contrast", "cuda", HALF, torch.bfloat16) == "cuda"
+    assert backend.resolve("bank_contrast", "cuda", HALF, Rows(torch.bfloat16)) == "cuda"
     assert backend.resolve("masked_pool", "cuda", replace(CUDA, dtype=torch.float64)) == "cuda"
     with pytest.raises(RuntimeError, match="the bank torch.float32: it needs one dtype"):
-        backend.resolve("bank_contrast", "cuda", HALF, torch.float32)
+        backend.resolve("bank_contrast", "cuda", HALF, Rows(torch.float32))
     assert backend.backends()["cuda"].available
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    set_capability(monkeypatch, 10, 0)
     assert "bank_contrast needs sm_90" in backend.backends()["cuda"].reason
     with pytest.raises(RuntimeError, match="it needs a Hopper GPU, sm_90; backends that can: "):
         backend.resolve("bank_contrast", "cuda", HALF)
     assert backend.resolve("masked_pool", "cuda", HALF) == "cuda"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    set_capability(monkeypatch, 7, 5)
     with pytest.raises(RuntimeError, match="the GPU is sm_75, the kernels need sm_80 or newer"):
         backend.resolve("masked_pool", "cuda", HALF)
     monkeypatch.setattr(backend, "_built_with_cuda", lambda: False)
@@ -125,12 +140,18 @@ def test_cuda_on_a_gpu(gpu, monkeypatch):
         backend.resolve("masked_pool", "cuda", HALF)
 
 
-def test_cuda_takes_no_scaled_rows(gpu, monkeypatch):
-    for module in ("loss_arguments", "ops.bank_contrast"):
-        monkeypatch.setattr(f"codir_fast.{module}.resolve", lambda *_: "cuda")
-    query = torch.randn(3, 8, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="keep them in a bank, or normalise them and `query`"):
-        codir_fast.ContrastiveLoss(backend="cuda")(query, query, query)
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (Rows(torch.bfloat16, scaled=True), "keep them in a bank, or normalise them and `query`"),
+        (Rows(torch.bfloat16, aligned=False), "`bank` must begin at a multiple of 16 bytes"),
+        (Rows(torch.float8_e4m3fn, scaled=True), "the bank torch.float8_e4m3fn: it needs one dty"),
+    ],
+)
+def test_rows_that_cuda_does_not_take(rows, reason, gpu):
+    with pytest.raises(RuntimeError, match=re.escape(reason)):
+        backend.resolve("bank_contrast", "cuda", HALF, rows)
+    assert backend.resolve("bank_contrast", "auto", HALF, rows) == "triton"
 
 
 @pytest.mark.skipif(not _C.build_info()["cuda"], reason="built without CUDA")
@@ -145,7 +166,7 @@ def test_triton_says_what_is_missing(monkeypatch):
     with pytest.raises(RuntimeError, match="backend 'triton' can't run masked_pool on cpu: "):
         codir_fast.pool_hidden_states(torch.ones(1, 2, 3), backend="triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    set_capability(monkeypatch, 7, 5)
     monkeypatch.setattr(backend, "_has_triton", lambda: True)
     assert "sm_75, the kernels need sm_80 or newer" in backend.backends()["triton"].reason
     monkeypatch.setattr(backend, "_has_triton", lambda: False)

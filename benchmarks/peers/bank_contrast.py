@@ -5,8 +5,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from codir_fast.benchmarks.measure import fastest
-from codir_fast.benchmarks.peers.inputs import Inputs, Results, T
-from codir_fast.benchmarks.peers.peer import SEARCH_ROWS, Peer, Run, adder, with_gradient
+from codir_fast.benchmarks.peers.inputs import Inputs, T
+from codir_fast.benchmarks.peers.peer import (
+    SEARCH_ROWS,
+    Peer,
+    Run,
+    adder,
+    replayed,
+    with_gradient,
+)
 from torch import Tensor
 
 from codir_fast import ContrastiveLoss, MemoryQueue
@@ -39,6 +46,15 @@ def _ours_cuda(inputs: Inputs) -> Run:
     return _contrastive_loss(inputs, normalize=False, backend="cuda")
 
 
+@peer(
+    "codir_fast-triton",
+    'ContrastiveLoss(normalize=False, backend="triton"), (K, D) tensor',
+    gpu_only=True,
+)
+def _ours_triton(inputs: Inputs) -> Run:
+    return _contrastive_loss(inputs, normalize=False, backend="triton")
+
+
 def _queue(inputs: Inputs, dtype: torch.dtype | None = None, backend: str = "auto") -> Run:
     queue = MemoryQueue(*inputs.bank.shape, dtype=dtype or inputs.bank.dtype)
     queue = queue.to(inputs.bank.device)
@@ -63,24 +79,6 @@ def _ours_float8(inputs: Inputs) -> Run:
     return _queue(inputs, torch.float8_e4m3fn)
 
 
-def _replayed(step: Run) -> Run:
-    """Captured once, replayed: what is left without PyTorch's overhead."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-
-    def run() -> Results:
-        graph.replay()
-        return results
-
-    return run
-
-
 @peer(
     "codir_fast-graph",
     "ContrastiveLoss(), MemoryQueue, replayed as a CUDA graph",
@@ -88,7 +86,17 @@ def _replayed(step: Run) -> Run:
     gpu_only=True,
 )
 def _ours_graph(inputs: Inputs) -> Run:
-    return _replayed(_queue(inputs))
+    return replayed(_queue(inputs))
+
+
+@peer(
+    "codir_fast-triton-graph",
+    'ContrastiveLoss(backend="triton"), MemoryQueue, replayed as a CUDA graph',
+    normalizes=True,
+    gpu_only=True,
+)
+def _ours_triton_graph(inputs: Inputs) -> Run:
+    return replayed(_queue(inputs, backend="triton"))
 
 
 @peer(
@@ -98,7 +106,7 @@ def _ours_graph(inputs: Inputs) -> Run:
     gpu_only=True,
 )
 def _ours_cuda_graph(inputs: Inputs) -> Run:
-    return _replayed(_queue(inputs, backend="cuda"))
+    return replayed(_queue(inputs, backend="cuda"))
 
 
 @peer("two-products", "q @ b.T @ b, no loss", copies=1, is_floor=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from codir_fast.backend import resolve
+from codir_fast.backend import resolve, rows_of
 from codir_fast.ops import registration
 from codir_fast.ops.contrast import (
     Outputs,
@@ -50,13 +50,7 @@ def bank_contrast(
     Where the bank needs no gradient, the backward pass reads (B, .) tensors only, so that the bank
     may change before it.
     """
-    name = resolve("bank_contrast", backend, query, bank.dtype)
-    if name == "cuda" and bank_scale is not None:
-        raise RuntimeError(
-            "backend 'cuda' takes negatives as they are: keep them in a bank, or normalise them "
-            "and `query` beforehand and pass normalize=False"
-        )
-    op = _FORWARD[name]
+    op = _FORWARD[resolve("bank_contrast", backend, query, rows_of(bank, bank_scale))]
     masks = (labels, bank_labels, exclude_index, valid)
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codir_fast.backend import resolve
+from codir_fast.backend import resolve, rows_of
 from codir_fast.ops import registration
 from codir_fast.ops.contrast import (
     Outputs,
@@ -47,7 +47,7 @@ def indexed_contrast(
     A row named twice counts twice; one that the masks leave out does not count. Differentiable in
     query, positive, bank and inv_temperature; `normalize` as in bank_contrast.
     """
-    op = _FORWARD[resolve("indexed_contrast", backend, query, bank.dtype)]
+    op = _FORWARD[resolve("indexed_contrast", backend, query, rows_of(bank, bank_scale))]
     masks = (labels, bank_labels, exclude_index, valid)
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)

@@ -57,9 +57,13 @@ inline Workspace workspace(const BankContrastSm90& in, const Plan& plan) {
   return at;
 }
 
-// Warps that share a query's splits in the combination: none has more than a few to add up.
-inline int warps_per_query(int splits) {
-  return splits > 32 ? 8 : splits > 16 ? 4 : splits > 4 ? 2 : 1;
+// Warps that share a query's splits in the combination: each reads its own at once, if they
+// suffice.
+inline int warps_per_query(int splits, int D) {
+  const int dim = combined_dim(D);
+  int warps = 1;
+  while (warps < combine_warps(dim) && warps * splits_in_flight(dim) < splits) warps *= 2;
+  return warps;
 }
 
 // The first error of the launches, null if none.
@@ -124,12 +128,13 @@ const char* launch_bank_contrast(Launcher& launcher, const BankContrastOutputs& 
   combine.inv_temperature = in.inv_temperature, combine.log_partition = in.log_partition;
   combine.log_noise = log_noise;
   combine.B = plan.B, combine.D = plan.D, combine.splits = plan.splits;
-  combine.warps_per_query = warps_per_query(plan.splits);
+  combine.warps_per_query = warps_per_query(plan.splits, plan.D);
   combine.nce = in.objective == Objective::kNce, combine.normalize = in.normalize;
   // The first kernel of a call waits until all that was launched before has ended.
-  return launcher.combine(in.dtype, combine,
-                          ceil_div(in.B, kCombineWarps / combine.warps_per_query),
-                          prepares || plan.splits > 0);
+  return launcher.combine(
+      in.dtype, combine,
+      ceil_div(in.B, combine_warps(combined_dim(plan.D)) / combine.warps_per_query),
+      prepares || plan.splits > 0);
 }
 
 }  // namespace sm90

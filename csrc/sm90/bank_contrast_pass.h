@@ -48,6 +48,7 @@ template <typename Config>
 CODIR_FAST_DEVICE void bank_contrast_pass(const TensorMap& queries, const TensorMap& bank,
                                           const PassArguments& a, std::uint32_t shared_memory) {
   if (a.only_bad) {
+    let_next_grid_begin();  // few items are bad: what comes next is there when all are looked at
     wait_for_previous_grid();
     if (!has_bad_sums<Config>(a, item_at(a.plan, block_index()))) return;
   }

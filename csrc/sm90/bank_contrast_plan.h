@@ -52,7 +52,7 @@ CODIR_FAST_HOST_DEVICE constexpr PassTile pass_tile(int padded_dim, Weighing wei
   }
   if (weighing == Weighing::kFixedShift) {
     return padded_dim == 64    ? PassTile{128, 7, 3, 32, 160}
-           : padded_dim == 128 ? PassTile{128, 5, 2, 24, 240}
+           : padded_dim == 128 ? PassTile{176, 4, 2, 24, 240}
                                : PassTile{80, 3, 2, 24, 240};
   }
   return padded_dim == 64    ? PassTile{128, 7, 2, 40, 232}

@@ -93,8 +93,9 @@ struct Shared {
 };
 
 constexpr int kDescribers = kWarpgroup - 32;  // threads: all of the producer's but its first warp
-// Named barriers: one for each consumer's turn, one for all consumers, one for the weights of each.
-constexpr int kFirstTurn = 1, kAllConsumers = 4, kFirstWeights = 5;
+// Named barriers: one for each consumer's turn, one for all consumers, one for the weights of each,
+// one where each waits for the other's maximum.
+constexpr int kFirstTurn = 1, kAllConsumers = 4, kFirstWeights = 5, kFirstAgreed = 7;
 
 template <typename Config>
 CODIR_FAST_DEVICE void init_barriers(Shared<Config> shared, const Plan& plan) {

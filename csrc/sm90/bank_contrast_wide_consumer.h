@@ -99,7 +99,8 @@ struct WideConsumer {
       if (thread() % 4 == 0)
         store_shared_float(shared.exchange(kMe, first_row_of_thread() + 8 * r), largest[r]);
     }
-    named_barrier_sync(kAllConsumers, 2 * kWarpgroup);
+    named_barrier_arrive(kFirstAgreed + kOther, 2 * kWarpgroup, true);
+    named_barrier_sync(kFirstAgreed + kMe, 2 * kWarpgroup);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float other = load_shared_float(shared.exchange(kOther, first_row_of_thread() + 8 * r));

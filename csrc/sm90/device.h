@@ -47,6 +47,13 @@ CODIR_FAST_DEVICE void sync_warp() { __syncwarp(); }
 CODIR_FAST_DEVICE bool any_in_warp(bool condition) {
   return __any_sync(0xffffffffu, condition) != 0;
 }
+// A bit for each lane of the warp.
+CODIR_FAST_DEVICE std::uint32_t ballot_in_warp(bool condition) {
+  return __ballot_sync(0xffffffffu, condition);
+}
+CODIR_FAST_DEVICE int count_bits(std::uint32_t bits) { return __popc(bits); }
+CODIR_FAST_DEVICE int lowest_bit(std::uint32_t bits) { return __ffs(bits) - 1; }    // -1 of 0
+CODIR_FAST_DEVICE int highest_bit(std::uint32_t bits) { return 31 - __clz(bits); }  // -1 of 0
 
 template <typename T>
 CODIR_FAST_DEVICE T shuffle_xor(T value, int lanes) {
@@ -106,6 +113,23 @@ CODIR_FAST_DEVICE void from_float(float value, __nv_bfloat16* out) {
   *out = __float2bfloat16_rn(value);
 }
 CODIR_FAST_DEVICE void from_float(float value, __half* out) { *out = __float2half_rn(value); }
+
+// Copies to shared memory that take no registers: of this thread, 4, 8 or 16 bytes each, in groups.
+// A thread sees what its own groups have brought once it has waited for them.
+template <int kBytes>
+CODIR_FAST_DEVICE void copy_async(void* to, const void* from) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes)
+                 : "memory");
+}
+CODIR_FAST_DEVICE void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLatest>  // all groups but the latest ones
+CODIR_FAST_DEVICE void wait_for_copy_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLatest) : "memory");
+}
 
 struct Word4 {
   std::uint32_t x, y, z, w;

@@ -58,16 +58,19 @@ struct Product;
 #define CODIR_FAST_OPERANDS_64(d)                                                             \
   CODIR_FAST_OPERANDS_56(d), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), \
       "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define CODIR_FAST_REGISTERS_96                                                             \
-  CODIR_FAST_REGISTERS_64                                                                   \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
-  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define CODIR_FAST_OPERANDS_96(d)                                                                \
+#define CODIR_FAST_REGISTERS_88                                    \
+  CODIR_FAST_REGISTERS_64                                          \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, " \
+  "%76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87"
+#define CODIR_FAST_OPERANDS_88(d)                                                                \
   CODIR_FAST_OPERANDS_64(d), "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]),    \
       "+f"(d[69]), "+f"(d[70]), "+f"(d[71]), "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), \
       "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]), "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), \
-      "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]), "+f"(d[88]), "+f"(d[89]), \
-      "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
+      "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
+#define CODIR_FAST_REGISTERS_96 CODIR_FAST_REGISTERS_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define CODIR_FAST_OPERANDS_96(d)                                                             \
+  CODIR_FAST_OPERANDS_88(d), "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), \
+      "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
 #define CODIR_FAST_REGISTERS_128                                                               \
   CODIR_FAST_REGISTERS_96                                                                      \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "   \
@@ -119,6 +122,7 @@ CODIR_FAST_PRODUCTS(64, 32, 32, 33, 34, 35, 36)
 CODIR_FAST_PRODUCTS(80, 40, 40, 41, 42, 43, 44)
 CODIR_FAST_PRODUCTS(112, 56, 56, 57, 58, 59, 60)
 CODIR_FAST_PRODUCTS(128, 64, 64, 65, 66, 67, 68)
+CODIR_FAST_PRODUCTS(176, 88, 88, 89, 90, 91, 92)
 CODIR_FAST_PRODUCTS(192, 96, 96, 97, 98, 99, 100)
 CODIR_FAST_PRODUCTS(256, 128, 128, 129, 130, 131, 132)
 

@@ -52,7 +52,14 @@ constexpr int kWarpThreads = 32, kGroupThreads = 128;
   std::exit(1);
 }
 
+struct ThreadCopy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Fiber {
+  std::vector<std::vector<ThreadCopy>> copy_groups{1};  // the last one is still open
   ucontext_t context;
   std::function<bool()> may_go;  // empty: at once
   bool done = false;
@@ -469,6 +476,15 @@ inline bool any_in_warp(bool condition) {
     any = std::max(any, emulated().exchange(any, (thread_index() % 32) ^ lanes));
   return any != 0;
 }
+inline std::uint32_t ballot_in_warp(bool condition) {
+  std::uint32_t bits = std::uint32_t{condition} << thread_index() % 32;
+  for (int lanes = 1; lanes < 32; lanes *= 2)
+    bits |= static_cast<std::uint32_t>(emulated().exchange(bits, (thread_index() % 32) ^ lanes));
+  return bits;
+}
+inline int count_bits(std::uint32_t bits) { return __builtin_popcount(bits); }
+inline int lowest_bit(std::uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
+inline int highest_bit(std::uint32_t bits) { return bits == 0 ? -1 : 31 - __builtin_clz(bits); }
 template <typename T>
 T shuffle_xor(T value, int lanes) {
   return static_cast<T>(emulated().exchange(value, (thread_index() % 32) ^ lanes));
@@ -498,6 +514,21 @@ inline float to_float(Float16 value) { return to_compute(value); }
 template <typename Element>
 void from_float(float value, Element* out) {
   from_compute(value, out);
+}
+
+template <int kBytes>
+void copy_async(void* to, const void* from) {
+  emulated().current->copy_groups.back().push_back({to, from, kBytes});
+}
+inline void end_copy_group() { emulated().current->copy_groups.emplace_back(); }
+template <int kLatest>  // done only here: as late as a thread may count on
+void wait_for_copy_groups() {
+  auto& groups = emulated().current->copy_groups;
+  while (groups.size() > kLatest + 1) {
+    for (const emulator::ThreadCopy& copy : groups.front())
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
 }
 
 struct Word4 {

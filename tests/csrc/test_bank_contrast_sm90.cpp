@@ -151,15 +151,25 @@ struct EmulatedLauncher {
       run(Float16{});
   }
 
+  // With the columns that the kernels before and after the pass are compiled for.
+  template <typename Run>
+  static void with_columns(int D, const Run& run) {
+    const int dim = combined_dim(D);
+    if (dim == 64) return run(std::integral_constant<int, 64>());
+    if (dim == 128) return run(std::integral_constant<int, 128>());
+    if (dim == 256) return run(std::integral_constant<int, 256>());
+    run(std::integral_constant<int, kMaxDim>());
+  }
+
   const char* prepare(DType dtype, void* unit, const void* query, int B, int D, bool normalize) {
     count(false);
     with_element(dtype, [&](auto element) {
       using Element = decltype(element);
-      emulator::launch(ceil_div(B, kCombineWarps), kCombineWarps * kWarp, 0, eager, seed, [&] {
-        if (combined_dim(D) == kMaxDim)
-          prepare_queries<kMaxDim>(static_cast<Element*>(unit), query, B, D, normalize);
-        else
-          prepare_queries<256>(static_cast<Element*>(unit), query, B, D, normalize);
+      with_columns(D, [&](auto dim) {
+        constexpr int kWarps = combine_warps(dim.value);
+        emulator::launch(ceil_div(B, kWarps), kWarps * kWarp, 0, eager, seed, [&] {
+          prepare_queries<dim.value>(static_cast<Element*>(unit), query, B, D, normalize);
+        });
       });
     });
     return nullptr;
@@ -206,11 +216,9 @@ struct EmulatedLauncher {
     std::vector<double> exchange(combine_doubles(combined_dim(a.D)), std::nan(""));
     with_element(dtype, [&](auto element) {
       using Element = decltype(element);
-      emulator::launch(blocks, kCombineWarps * kWarp, 0, eager, seed, [&] {
-        if (combined_dim(a.D) == kMaxDim)
-          combine_splits<kMaxDim, Element>(a, exchange.data());
-        else
-          combine_splits<256, Element>(a, exchange.data());
+      with_columns(a.D, [&](auto dim) {
+        emulator::launch(blocks, combine_warps(dim.value) * kWarp, 0, eager, seed,
+                         [&] { combine_splits<dim.value, Element>(a, exchange.data()); });
       });
     });
     return nullptr;

@@ -46,7 +46,7 @@ def needs_cuda_backend() -> Callable[[str], None]:
     def check(op: str) -> None:
         like = torch.empty(2, 64, dtype=torch.bfloat16, device=ON)
         try:
-            resolve(op, "cuda", like, torch.bfloat16)
+            resolve(op, "cuda", like)
         except RuntimeError as error:
             pytest.skip(str(error))
 

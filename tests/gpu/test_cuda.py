@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import DIFFERENTIABLE, assert_right, make_case, results
 
+from codir_fast.ops.bank_contrast import bank_contrast
+
 DTYPES = (torch.bfloat16, torch.float16)
 NO_SCALE = [(), ("exclude",), ("labels",), ("labels", "exclude", "valid")]
 # B, K, D: consumers that alternate and that do not, tails of queries, of the bank and of columns,
@@ -108,4 +110,4 @@ def test_a_bank_that_the_copy_engine_cannot_read(device):
     wide = torch.zeros(1500 * 64 + 1, dtype=case.bank.dtype, device=device)
     case.bank = wide[1:].view(1500, 64)
     with pytest.raises(RuntimeError, match="`bank` must begin at a multiple of 16 bytes"):
-        results(case, torch.ones(70, device=device), "cuda", QUERY_ONLY)
+        bank_contrast(**case.arguments(), backend="cuda")
