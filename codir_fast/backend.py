@@ -29,15 +29,13 @@ _OPS_OF: dict[str, tuple[str, ...]] = {
 # there is taken: Triton has no float64 but in masked_pool, and embeddings of up to 4096 columns,
 # the C++ kernels no float8 banks. What isn't here runs "torch". The rows of the CPU are compared
 # with float64 there, in every test run. Those of CUDA, sm_80 and newer, stand on Triton's
-# interpreter, on what the compiler makes of the kernels (make static-gpu), and on the runs of a
-# H200 that are in benchmarks/results. Hand-written kernels ("cuda") are taken on the architecture
-# where those show them right and faster than Triton's, elsewhere by name only.
+# interpreter, on what the compiler makes of the kernels (make static-gpu), and on runs on an H200.
+# Hand-written kernels ("cuda") come first only where _is_shown has it.
 AUTO = {
     **{("cpu", op): ("cpu", "torch") for op in OPS},
     **{("cuda", op): ("triton", "torch") for op in OPS},
     **{("cuda", op): ("cuda", "triton", "torch") for op in ("masked_pool", "bank_contrast")},
 }
-_CUDA_SHOWN_ON = (9, 0)
 _TRITON_MAX_DIM = 4096
 _CUDA_MAX_DIM = 512
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -68,21 +66,24 @@ def backends() -> dict[str, BackendStatus]:
 
 class Rows(NamedTuple):
     """What matters of a bank's rows: their dtype (None: that of the queries), whether they come
-    with factors, whether they begin where a copy engine can read.
+    with factors, whether all count alike, by InfoNCE, and whether they begin where a copy engine
+    can read.
     """
 
     dtype: torch.dtype | None = None
     scaled: bool = False
+    plain: bool = True
     aligned: bool = True
 
 
-def rows_of(bank: torch.Tensor, scale: torch.Tensor | None) -> Rows:
+def rows_of(bank: torch.Tensor, scale: torch.Tensor | None, *picks: torch.Tensor | None) -> Rows:
+    """`picks`: what leaves rows out, and log Z of NCE."""
     aligned = (
         not bank.is_cuda
         or torch.compiler.is_compiling()  # which can't see it: the operator itself will say it
         or bank.storage_offset() * bank.element_size() % 16 == 0
     )
-    return Rows(bank.dtype, scale is not None, aligned)
+    return Rows(bank.dtype, scale is not None, all(pick is None for pick in picks), aligned)
 
 
 def resolve(op: str, backend: str, inputs: torch.Tensor, rows: Rows = Rows()) -> str:  # noqa: B008 (immutable)
@@ -96,7 +97,7 @@ def resolve(op: str, backend: str, inputs: torch.Tensor, rows: Rows = Rows()) ->
     check_choice("backend", backend, ("auto", *NAMES))
     if backend == "auto":
         choices = AUTO.get((inputs.device.type, op), ("torch",))
-        if "cuda" in choices and _compute_capability(inputs.device) != _CUDA_SHOWN_ON:
+        if "cuda" in choices and not _is_shown(op, inputs, rows):
             choices = choices[1:]
         if len(choices) == 1:
             return choices[0]
@@ -109,6 +110,15 @@ def resolve(op: str, backend: str, inputs: torch.Tensor, rows: Rows = Rows()) ->
             f"backend {backend!r} can't run {where}: {reason}; backends that can: {able}"
         )
     return backend
+
+
+def _is_shown(op: str, inputs: torch.Tensor, rows: Rows) -> bool:
+    """Whether benchmarks/results/h200 shows the hand-written kernel of such a call right, and
+    faster than Triton's.
+    """
+    if _compute_capability(inputs.device) != (9, 0) or inputs.dtype != torch.bfloat16:
+        return False
+    return op == "masked_pool" or (rows.plain and 64 < inputs.shape[-1] <= 128)
 
 
 def _why_not(op: str, backend: str, inputs: torch.Tensor, rows: Rows) -> str:

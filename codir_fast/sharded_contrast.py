@@ -142,18 +142,24 @@ class _Pass:
 
     def run(self, positive: Tensor) -> Outputs:
         query, bank = self.queries.query, self.negatives.rows[self.part]
-        name = resolve(self.op, self.objective.backend, query, rows_of(bank, self.negatives.scale))
+        name = self._backend(query, bank)
         return registration.overload(self.op, name)(query, positive, bank, *self._rest())
 
     def backward(self, grad_loss: Tensor, lse: Tensor) -> Tensor:
         """Gradient to the rows of the part, as of all queries' losses."""
         query, bank = self.queries.query, self.negatives.rows[self.part]
-        name = resolve(self.op, self.objective.backend, query, rows_of(bank, self.negatives.scale))
+        name = self._backend(query, bank)
         inv_temperature, *rest = self._rest()
         if self.times is not None:
             grad_loss = grad_loss * self.times
         backward = registration.overload(f"{self.op}_backward", name)
         return backward(grad_loss, query, bank, inv_temperature, lse, *rest)
+
+    def _backend(self, query: Tensor, bank: Tensor) -> str:
+        negatives, objective = self.negatives, self.objective
+        picks = (self.queries.labels, self.queries.exclude_index, negatives.valid)
+        rows = rows_of(bank, negatives.scale, *picks, objective.log_partition)
+        return resolve(self.op, objective.backend, query, rows)
 
     def _rest(self) -> tuple[Any, ...]:
         queries, chosen, objective = self.queries, self.negatives, self.objective

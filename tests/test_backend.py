@@ -68,18 +68,33 @@ def test_auto(op):
 
 @pytest.mark.parametrize("op", backend.OPS)
 def test_auto_on_a_gpu(op, gpu, monkeypatch):
+    shown = replace(HALF, shape=(2, 128))
     has_cuda = op in ("masked_pool", "bank_contrast")
-    assert backend.resolve(op, "auto", HALF) == ("cuda" if has_cuda else "triton")
-    assert backend.resolve(op, "auto", CUDA) == ("cuda" if op == "masked_pool" else "triton")
-    others = "cuda" if op == "masked_pool" else "torch"
+    assert backend.resolve(op, "auto", shown) == ("cuda" if has_cuda else "triton")
+    assert backend.resolve(op, "auto", CUDA) == "triton"
+    others = "triton" if op == "masked_pool" else "torch"
     assert backend.resolve(op, "auto", replace(CUDA, dtype=torch.float64)) == others
     assert backend.resolve(op, "auto", replace(CUDA, shape=(2, 5000))) == others
     set_capability(monkeypatch, 10, 0)  # where the hand-written kernels were not timed
-    assert backend.resolve(op, "auto", HALF) == "triton"
+    assert backend.resolve(op, "auto", shown) == "triton"
     set_capability(monkeypatch, 7, 5)
     assert backend.resolve(op, "auto", CUDA) == "torch"
     monkeypatch.setattr(backend, "_has_triton", lambda: False)
     assert backend.resolve(op, "auto", CUDA) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("like", "rows"),
+    [
+        (replace(HALF, shape=(2, 64)), Rows()),
+        (replace(HALF, shape=(2, 256)), Rows()),
+        (replace(HALF, shape=(2, 128)), Rows(plain=False)),
+        (replace(HALF, shape=(2, 128), dtype=torch.float16), Rows()),
+    ],
+)
+def test_auto_takes_triton_where_no_result_shows_the_hand_written_kernel_faster(like, rows, gpu):
+    assert backend.resolve("bank_contrast", "auto", like, rows) == "triton"
+    assert backend.resolve("bank_contrast", "cuda", like, rows) == "cuda"
 
 
 def test_the_table_names_what_exists():

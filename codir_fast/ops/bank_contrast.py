@@ -50,8 +50,9 @@ def bank_contrast(
     Where the bank needs no gradient, the backward pass reads (B, .) tensors only, so that the bank
     may change before it.
     """
-    op = _FORWARD[resolve("bank_contrast", backend, query, rows_of(bank, bank_scale))]
     masks = (labels, bank_labels, exclude_index, valid)
+    rows = rows_of(bank, bank_scale, *masks, log_partition)
+    op = _FORWARD[resolve("bank_contrast", backend, query, rows)]
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)
     return op(*vectors, bank_scale, *masks, *objective, normalize)[0]

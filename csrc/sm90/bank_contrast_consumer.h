@@ -17,6 +17,9 @@ struct Consumer {
   static constexpr int kBlockK = Config::kBlockK;
   static constexpr int kStages = Config::kTile.stages;
   static constexpr int kConsumers = Config::kTile.consumers;
+  // Of a barrier's phases only the parity is known: who leaves one out may take an earlier phase
+  // for the one that is waited for. So consumers that take tiles in turn have stages of their own.
+  static_assert(kStages % kConsumers == 0, "each stage is one consumer's, whoever takes turns");
 
   Shared<Config> shared;
   const PassArguments& a;

@@ -51,12 +51,12 @@ CODIR_FAST_HOST_DEVICE constexpr PassTile pass_tile(int padded_dim, Weighing wei
     return PassTile{64, stages, 2, 40, 232};
   }
   if (weighing == Weighing::kFixedShift) {
-    return padded_dim == 64    ? PassTile{128, 7, 3, 32, 160}
+    return padded_dim == 64    ? PassTile{128, 9, 3, 32, 160}
            : padded_dim == 128 ? PassTile{176, 4, 2, 24, 240}
-                               : PassTile{80, 3, 2, 24, 240};
+                               : PassTile{80, 4, 2, 24, 240};
   }
-  return padded_dim == 64    ? PassTile{128, 7, 2, 40, 232}
-         : padded_dim == 128 ? PassTile{112, 5, 2, 40, 232}
+  return padded_dim == 64    ? PassTile{128, 8, 2, 40, 232}
+         : padded_dim == 128 ? PassTile{112, 6, 2, 40, 232}
                              : PassTile{64, 4, 2, 40, 232};
 }
 
@@ -84,7 +84,8 @@ CODIR_FAST_HOST_DEVICE constexpr SharedLayout shared_layout(int padded_dim, Weig
   at.tiles = at.queries + (is_wide(padded_dim) ? 1 : tile.consumers) * at.query_bytes;
   at.weights = at.tiles + tile.stages * at.tile_bytes;
   at.columns = at.weights + tile.stages * at.weight_bytes;
-  at.exchange = at.columns + tile.stages * tile.block_k * kColumnBytes;
+  const bool masked = weighing != Weighing::kFixedShift;
+  at.exchange = at.columns + (masked ? tile.stages * tile.block_k * kColumnBytes : 0);
   at.items = at.exchange + (is_wide(padded_dim) ? tile.consumers * kConsumerRows * 4 : 0);
   at.barriers = at.items + (tile.consumers * (kWarpgroup / 32) * 4 + 7) / 8 * 8;
   at.bytes = at.barriers + ((2 * num_parts(padded_dim) + 1) * tile.stages + 2) * 8;

@@ -113,6 +113,7 @@ struct Block {
   int num_threads, index, num_blocks;
   std::vector<std::unique_ptr<Block>>* cluster;
   bool eager;
+  bool late = false;  // copies end, in any order, only where all threads wait for one
   std::mt19937 random;
   std::vector<Fiber> fibers;
   std::vector<std::uint8_t> shared;
@@ -359,7 +360,7 @@ struct Block {
       current = &fiber;
       swapcontext(&scheduler, &fiber.context);
     }
-    if (!copies.empty() && (!progress || eager || random() % 2 == 0)) {
+    if (!copies.empty() && (!progress || eager || (!late && random() % 2 == 0))) {
       complete_copy(random() % copies.size());
       progress = true;
     }
@@ -430,6 +431,7 @@ inline void launch(int blocks, int threads, std::size_t shared_bytes, bool eager
       b.cluster = &cluster;
       b.eager = eager;
       b.random.seed(seed + b.index);
+      b.late = b.random() % 2 == 0;
       b.shared.assign(shared_bytes, 0xff);
       b.unpublished.assign((shared_bytes + 3) / 4, 0);
       b.exchanges.resize((threads + kWarpThreads - 1) / kWarpThreads);

@@ -530,6 +530,13 @@ int main() {
       many.exclude = many.valid = true;
       cases.push_back(many);
     }
+    for (const int D : {64, 128, 256}) {  // likewise, by consumers that take tiles in turn
+      Case turns{50, 2900, D, dtype};
+      turns.multiprocessors = 1;
+      for (int repeat = 0; repeat < 3; ++repeat) cases.push_back(turns);
+      turns.exclude = true;
+      cases.push_back(turns);
+    }
     c.B = 20, c.K = 0;
     cases.push_back(c);
     c.B = 0, c.K = 10;
