@@ -11,6 +11,7 @@
 
 #include "masked_pool_cuda.h"
 #include "sm90/device.h"
+#include "sm90/vector.h"
 
 namespace codir_fast {
 namespace pool {
@@ -18,6 +19,7 @@ namespace pool {
 using sm90::block_index;
 using sm90::sync_block;
 using sm90::thread_index;
+using sm90::Vector;
 
 constexpr int kMaxPoolLayers = 64;  // of a launch: their addresses are its arguments
 constexpr int kWarps = 4, kLanes = 32, kThreads = kWarps * kLanes;
@@ -38,11 +40,6 @@ CODIR_FAST_DEVICE void narrow(float x, sm90::Float16Element* out) { sm90::from_f
 
 template <typename T>
 using Wide = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
-
-template <typename T, int kVector>
-struct alignas(sizeof(T) * kVector) Vector {
-  T value[kVector];
-};
 
 struct PoolArguments {
   HiddenState layers[kMaxPoolLayers];

@@ -49,6 +49,15 @@ def test_masks(device, dtype, masks, nce, B, D):
     assert_right(make_case(device, B, 4999, D, dtype=dtype, masks=masks, nce=nce), "cuda")
 
 
+@pytest.mark.parametrize("D", [64, 128, 256])
+@pytest.mark.parametrize("masks", [(), ("exclude", "valid")], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_queries_against_a_long_bank(device, dtype, masks, D):
+    """Consumers take a hundred tiles of a ring in turn: one must not take another's for its own."""
+    case = make_case(device, 32, 1 << 20, D, dtype=dtype, masks=masks)
+    assert_right(case, "cuda", QUERY_ONLY)
+
+
 @pytest.mark.parametrize("D", [24, 128, 256, 488])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_normalize(device, dtype, D):
