@@ -31,6 +31,7 @@ from codir_fast.benchmarks.comparison import TOLERANCE, failure
 from codir_fast.benchmarks.options import folder
 from codir_fast.benchmarks.peers import error_of
 from codir_fast.benchmarks.peers.inputs import T
+from codir_fast.benchmarks.peers.peer import replayed
 from torch import Tensor
 
 import codir_fast.ops.bank_contrast  # noqa: F401 (registers the operator's backends)
@@ -51,7 +52,7 @@ _TIE = 0.98  # of the ratio of times: by less than 2 % nothing is slower
 _TRUE_QUERIES = 64  # that are compared with float64
 _MOST_PROCESSES = 16
 _COMPILING = "compiling triton"
-Call = Callable[[], Sequence[Tensor]]
+Call = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -135,20 +136,6 @@ def errors(outputs: Sequence[Tensor], exact: Sequence[Tensor], chosen: Tensor) -
 def make_call(name: str, given: dict[str, Any]) -> Call:
     """The operator by one backend, without autograd."""
     return torch.no_grad()(lambda: registration.overload("bank_contrast", name)(**given))
-
-
-def replayed(call: Call) -> Call:
-    """`call` as a CUDA graph, which holds no tensor itself: the function holds all."""
-    call()  # what is made once can't be captured
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = call()
-
-    def run(held: Call = call) -> Sequence[Tensor]:
-        graph.replay()
-        return outputs
-
-    return run
 
 
 def measure_case(
