@@ -136,7 +136,7 @@ def test_all_other_kernels(arch):
     from codir_fast.kernels import variants
 
     chosen = [
-        *variants.two_products(arch, HALF, "all rows"),
+        *(v for B in (64, 256) for v in variants.two_products(arch, HALF, B, "all rows")),
         variants.backward(arch, HALF, 128, "all rows"),
         *variants.by_index(arch, 128, "bank with labels" if arch == 90 else "all rows"),
         *variants.others(arch, 128),
