@@ -207,6 +207,14 @@ BANK_CONTRAST_WIDE: dict[int, dict[Any, tuple[WideTile, WideTile, RowsTile]]] = 
     },
 }
 
+BANK_CONTRAST_WIDE[100] = {  # labels and scales leave no registers for 256 rows
+    **BANK_CONTRAST_WIDE[90],
+    HALF: (
+        WideTile(128, 128, 64, 8, 4, TMA=True),
+        WideTile(64, 128, 64, 8, 4, TMA=True),
+        RowsTile(128, 128, 8, 3),
+    ),
+}
 BANK_CONTRAST_WIDE[120] = BANK_CONTRAST_WIDE[80]
 
 
@@ -319,7 +327,8 @@ def indexed_contrast_backward(arch: int, padded_D: int) -> dict[str, int]:
 
 def _indexed(tile: IndexedTile, padded_D: int, most_rows: int) -> dict[str, int]:
     rows = max(1, min(most_rows, tile.ELEMENTS // padded_D))
-    return {"BLOCK_M": rows, "BLOCK_D": padded_D, "num_warps": tile.num_warps}
+    num_warps = max(tile.num_warps, padded_D // 512)  # query and summed rows fit their registers
+    return {"BLOCK_M": rows, "BLOCK_D": padded_D, "num_warps": num_warps}
 
 
 def bank_update(padded_D: int) -> dict[str, int]:
