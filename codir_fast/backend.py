@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from codir_fast import _C
-from codir_fast.checks import check_choice
+from codir_fast.checks import check_choice, is_readable
 
 OPS = ("masked_pool", "bank_contrast", "indexed_contrast", "bank_update")
 NAMES = ("torch", "cpu", "triton", "cuda")
@@ -40,6 +40,7 @@ AUTO = {
 _TRITON_MAX_DIM = 4096
 _CUDA_MAX_DIM = 512
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
+_LARGEST_SHOWN = 43.3  # 1/t: beyond, the hand-written kernel follows the running maximum
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ def backends() -> dict[str, BackendStatus]:
 
 class Rows(NamedTuple):
     """What matters of a bank's rows: their dtype (None: that of the queries), whether they come
-    with factors, whether all count alike, by InfoNCE, and whether they begin where a copy engine
-    can read.
+    with factors, whether all count alike, by InfoNCE at a temperature that is known not to be low,
+    and whether they begin where a copy engine can read.
     """
 
     dtype: torch.dtype | None = None
@@ -77,14 +78,22 @@ class Rows(NamedTuple):
     aligned: bool = True
 
 
-def rows_of(bank: torch.Tensor, scale: torch.Tensor | None, *picks: torch.Tensor | None) -> Rows:
+def rows_of(
+    bank: torch.Tensor,
+    scale: torch.Tensor | None,
+    inv_temperature: torch.Tensor,
+    *picks: torch.Tensor | None,
+) -> Rows:
     """`picks`: what leaves rows out, and log Z of NCE."""
-    aligned = (
-        not bank.is_cuda
-        or torch.compiler.is_compiling()  # which can't see it: the operator itself will say it
-        or bank.storage_offset() * bank.element_size() % 16 == 0
+    if not bank.is_cuda or torch.compiler.is_compiling():  # which can't see the rest
+        return Rows(bank.dtype, scale is not None)
+    plain = all(pick is None for pick in picks) and is_readable(inv_temperature)
+    return Rows(
+        bank.dtype,
+        scale is not None,
+        plain and inv_temperature.item() <= _LARGEST_SHOWN,
+        bank.storage_offset() * bank.element_size() % 16 == 0,
     )
-    return Rows(bank.dtype, scale is not None, all(pick is None for pick in picks), aligned)
 
 
 def resolve(op: str, backend: str, inputs: torch.Tensor, rows: Rows = Rows()) -> str:  # noqa: B008 (immutable)

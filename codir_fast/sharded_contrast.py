@@ -158,7 +158,9 @@ class _Pass:
     def _backend(self, query: Tensor, bank: Tensor) -> str:
         negatives, objective = self.negatives, self.objective
         picks = (self.queries.labels, self.queries.exclude_index, negatives.valid)
-        rows = rows_of(bank, negatives.scale, *picks, objective.log_partition)
+        rows = rows_of(
+            bank, negatives.scale, objective.inv_temperature, *picks, objective.log_partition
+        )
         return resolve(self.op, objective.backend, query, rows)
 
     def _rest(self) -> tuple[Any, ...]:

@@ -1,10 +1,10 @@
 """Block sizes of the Triton kernels: one table per operator, by architecture and dtype, and how
 work is split over a GPU.
 
-A table's row serves its architecture and all later ones up to the next row. Half-precision tiles
-for sm_90 were timed on an H200, those that banks without labels, scales or NCE take. All others
-follow from what compiles without spilling, from 16-byte loads and from the bytes that must be in
-flight. CODIR_FAST_AUTOTUNE=1 looks around them on the GPU at hand.
+A table's row serves its architecture and all later ones up to the next row. For sm_90 those that
+the shapes of benchmarks/shapes.py take in bfloat16, without labels, scales or NCE, were chosen by
+time on an H200. All others follow from what compiles without spilling, from 16-byte loads and from
+the bytes that must be in flight. CODIR_FAST_AUTOTUNE=1 looks around them on the GPU at hand.
 """
 
 import functools

@@ -97,6 +97,33 @@ def test_auto_takes_triton_where_no_result_shows_the_hand_written_kernel_faster(
     assert backend.resolve("bank_contrast", "cuda", like, rows) == "cuda"
 
 
+@dataclass
+class Bank:
+    """A bank on a GPU that need not be there."""
+
+    is_cuda: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    offset: int = 0
+
+    def storage_offset(self):
+        return self.offset
+
+    def element_size(self):
+        return 2
+
+
+def test_what_is_told_of_rows():
+    warm, cold, label = torch.tensor(1 / 0.07), torch.tensor(1 / 0.02), torch.zeros(3)
+    of = backend.rows_of
+    assert of(Bank(), None, warm) == Rows(torch.bfloat16)
+    assert of(Bank(), None, warm, None, None).plain
+    assert not of(Bank(), None, warm, None, label).plain
+    assert not of(Bank(), None, cold).plain
+    assert not of(Bank(), None, torch.empty((), device="meta")).plain  # as on a device: not known
+    assert of(Bank(), label, warm).scaled
+    assert of(Bank(offset=8), None, warm).aligned and not of(Bank(offset=1), None, warm).aligned
+
+
 def test_the_table_names_what_exists():
     for (_, op), names in backend.AUTO.items():
         assert all(op in backend.backends()[name].ops for name in names)

@@ -51,7 +51,7 @@ def bank_contrast(
     may change before it.
     """
     masks = (labels, bank_labels, exclude_index, valid)
-    rows = rows_of(bank, bank_scale, *masks, log_partition)
+    rows = rows_of(bank, bank_scale, inv_temperature, *masks, log_partition)
     op = _FORWARD[resolve("bank_contrast", backend, query, rows)]
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)

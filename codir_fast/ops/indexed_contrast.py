@@ -47,7 +47,9 @@ def indexed_contrast(
     A row named twice counts twice; one that the masks leave out does not count. Differentiable in
     query, positive, bank and inv_temperature; `normalize` as in bank_contrast.
     """
-    op = _FORWARD[resolve("indexed_contrast", backend, query, rows_of(bank, bank_scale))]
+    op = _FORWARD[
+        resolve("indexed_contrast", backend, query, rows_of(bank, bank_scale, inv_temperature))
+    ]
     masks = (labels, bank_labels, exclude_index, valid)
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)
