@@ -32,6 +32,7 @@ from codir_fast.kernels.contrast import (
     logistic,
     scalar,
 )
+from codir_fast.kernels.launch import cdiv, launch
 from torch import Tensor
 
 # Of logits of unit rows, in units of log 2: terms e^{s - 1/t} down to e^{-2/t} are normal numbers.
@@ -329,10 +330,12 @@ def _one_pass(problem: Problem, tile: tiles.Tile) -> tuple[Tensor, Tensor, Tenso
     B, K, D = problem.B, problem.K, problem.D
     tile = dict(tile)
     rows_per_program = tiles.split(B, K, D, problem.dtype, tile, problem.device)
-    sums = problem.partial_sums(max(1, triton.cdiv(K, rows_per_program)))
+    sums = problem.partial_sums(max(1, cdiv(K, rows_per_program)))
     bank, TMA = describe(problem.bank, (tile["BLOCK_K"], tile["BLOCK_D"]), tile.pop("TMA"))
     query, masks = problem.prepare()
-    bank_contrast_kernel[(triton.cdiv(B, tile["BLOCK_B"]), sums[0].shape[0])](
+    launch(
+        bank_contrast_kernel,
+        (cdiv(B, tile["BLOCK_B"]), sums[0].shape[0]),
         *sums,
         query,
         bank,

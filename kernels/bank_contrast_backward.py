@@ -14,6 +14,7 @@ from codir_fast.kernels.bank_access import (
     mask_logits,
 )
 from codir_fast.kernels.contrast import QUERY_DTYPES, Problem, check, logistic, padded, scalar
+from codir_fast.kernels.launch import cdiv, launch
 from torch import Tensor
 
 
@@ -146,8 +147,10 @@ def bank_contrast_backward(
     tile = tiles.bank_contrast_backward(tiles.architecture(query.device), query.dtype, padded(D))
     with torch.cuda.device_of(query):
         operand, masks = problem.prepare()
-        grid = (triton.cdiv(K, tile["BLOCK_K"]), triton.cdiv(D, tile["BLOCK_D"]))
-        bank_contrast_backward_kernel[grid](
+        grid = (cdiv(K, tile["BLOCK_K"]), cdiv(D, tile["BLOCK_D"]))
+        launch(
+            bank_contrast_backward_kernel,
+            grid,
             dbank,
             grad_loss.contiguous(),
             lse.contiguous(),

@@ -16,6 +16,7 @@ from codir_fast.kernels.bank_access import (
     mask_logits,
 )
 from codir_fast.kernels.contrast import LOG2E, Problem, add_compensated, logistic, scalar
+from codir_fast.kernels.launch import cdiv, launch
 from torch import Tensor
 
 
@@ -194,12 +195,12 @@ def two_products(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     arch = tiles.architecture(device)
     first, second = tiles.bank_contrast_wide(arch, dtype, B, problem.flags, problem.bank.dtype)
     BLOCK_K = first["BLOCK_K"]
-    chunk = min(tiles.chunk_rows(B, D, dtype, BLOCK_K), triton.cdiv(max(K, 1), BLOCK_K) * BLOCK_K)
-    blocks = triton.cdiv(B, second["BLOCK_B"]) * triton.cdiv(D, second["BLOCK_D"])
+    chunk = min(tiles.chunk_rows(B, D, dtype, BLOCK_K), cdiv(max(K, 1), BLOCK_K) * BLOCK_K)
+    blocks = cdiv(B, second["BLOCK_B"]) * cdiv(D, second["BLOCK_D"])
     num_tiles = chunk // BLOCK_K
     splits = max(1, min(num_tiles, tiles.num_programs(device, 1) // blocks))
-    per_split = triton.cdiv(num_tiles, splits)
-    splits = triton.cdiv(num_tiles, per_split)
+    per_split = cdiv(num_tiles, splits)
+    splits = cdiv(num_tiles, per_split)
     maximum, total, rows = problem.partial_sums(splits)
     before = torch.empty_like(maximum), torch.empty_like(total)
     tile_maximum, tile_total = (torch.empty(num_tiles, B, device=device) for _ in range(2))
@@ -213,8 +214,10 @@ def two_products(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     precision = {"PRECISION": problem.flags["PRECISION"], "TMA": TMA}
     *_, valid = masks
     for begin in range(0, max(K, 1), chunk):
-        in_chunk = triton.cdiv(min(chunk, K - begin), BLOCK_K)
-        bank_contrast_weights_kernel[(triton.cdiv(B, first["BLOCK_B"]), max(in_chunk, 1))](
+        in_chunk = cdiv(min(chunk, K - begin), BLOCK_K)
+        launch(
+            bank_contrast_weights_kernel,
+            (cdiv(B, first["BLOCK_B"]), max(in_chunk, 1)),
             weights,
             tile_maximum,
             tile_total,
@@ -231,8 +234,10 @@ def two_products(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         )
         # Read and written in turn: programs of one launch read what others of it would overwrite.
         (maximum, total), before = before, (maximum, total)
-        grid = (triton.cdiv(B, second["BLOCK_B"]), triton.cdiv(D, second["BLOCK_D"]), splits)
-        bank_contrast_rows_kernel[grid](
+        grid = (cdiv(B, second["BLOCK_B"]), cdiv(D, second["BLOCK_D"]), splits)
+        launch(
+            bank_contrast_rows_kernel,
+            grid,
             maximum,
             total,
             rows,

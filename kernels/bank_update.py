@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from codir_fast.kernels import tiles
 from codir_fast.kernels.contrast import QUERY_DTYPES, check, padded
+from codir_fast.kernels.launch import launch
 from torch import Tensor
 
 
@@ -82,7 +83,9 @@ def bank_update(
     row, order = torch.sort(index, stable=True)
     torch._assert_async((row[0] >= 0) & (row[-1] < K), f"`index` must be in [0, {K})")
     with torch.cuda.device_of(bank):
-        bank_update_kernel[(N,)](
+        launch(
+            bank_update_kernel,
+            (N,),
             bank,
             None if filled is None else filled.view(torch.uint8),
             row,

@@ -20,6 +20,7 @@ from codir_fast.kernels.labels import (
     label_blocks,
     number_labels,
 )
+from codir_fast.kernels.launch import launch, next_power_of_2
 from torch import Tensor
 
 MAX_DIM = 4096
@@ -313,7 +314,9 @@ class Problem:
             )
         num_rows = self.B if self.normalize else 0
         blocks = [label_blocks(size) if has_labels else 0 for size in (self.B, self.K)]
-        prepare_kernel[(num_rows + sum(blocks),)](
+        launch(
+            prepare_kernel,
+            (num_rows + sum(blocks),),
             unit,
             self.query,
             numbers,
@@ -348,7 +351,9 @@ class Problem:
     ) -> None:
         log_partition, log_noise, _ = self.nce
         BLOCK_D = padded(self.D)
-        combine_kernel[(self.B,)](
+        launch(
+            combine_kernel,
+            (self.B,),
             *outputs,
             *sums,
             self.query,
@@ -371,7 +376,7 @@ def combine_tile(BLOCK_D: int, splits: int) -> dict[str, int]:
     thread of query and positive. Few splits take few threads, since each query has a program.
     """
     most = 16384 if BLOCK_D <= 256 else 8192
-    BLOCK_S = min(triton.next_power_of_2(splits), most // BLOCK_D)
+    BLOCK_S = min(next_power_of_2(splits), most // BLOCK_D)
     num_warps = min(16, max(1, BLOCK_D // 256, BLOCK_S * BLOCK_D // 1024))
     return {"BLOCK_S": BLOCK_S, "BLOCK_D": BLOCK_D, "num_warps": num_warps}
 
@@ -381,7 +386,7 @@ def prepare_tile(BLOCK_D: int) -> dict[str, int]:
 
 
 def padded(D: int) -> int:
-    return max(16, triton.next_power_of_2(D))
+    return max(16, next_power_of_2(D))
 
 
 def precision(dtype: torch.dtype) -> str:

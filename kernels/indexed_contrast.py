@@ -23,6 +23,7 @@ from codir_fast.kernels.contrast import (
     padded,
     scalar,
 )
+from codir_fast.kernels.launch import cdiv, launch
 from torch import Tensor
 
 
@@ -254,13 +255,15 @@ def indexed_contrast(
     if B == 0:
         return outputs
     tile = tiles.indexed_contrast(tiles.architecture(query.device), padded(D))
-    num_blocks = max(1, triton.cdiv(M, tile["BLOCK_M"]))
-    splits = max(1, min(num_blocks, triton.cdiv(tiles.num_programs(query.device, 8), B)))
-    per_split = triton.cdiv(num_blocks, splits) * tile["BLOCK_M"]
-    sums = problem.partial_sums(max(1, triton.cdiv(M, per_split)))
+    num_blocks = max(1, cdiv(M, tile["BLOCK_M"]))
+    splits = max(1, min(num_blocks, cdiv(tiles.num_programs(query.device, 8), B)))
+    per_split = cdiv(num_blocks, splits) * tile["BLOCK_M"]
+    sums = problem.partial_sums(max(1, cdiv(M, per_split)))
     with torch.cuda.device_of(query):
         unit, _ = problem.prepare(number_labels=False)
-        indexed_contrast_kernel[(B, sums[0].shape[0])](
+        launch(
+            indexed_contrast_kernel,
+            (B, sums[0].shape[0]),
             *sums,
             unit,
             problem.bank,
@@ -315,7 +318,9 @@ def indexed_contrast_backward(
     tile = tiles.indexed_contrast_backward(tiles.architecture(query.device), padded(D))
     with torch.cuda.device_of(query):
         unit, _ = problem.prepare(number_labels=False)
-        indexed_contrast_backward_kernel[(K,)](
+        launch(
+            indexed_contrast_backward_kernel,
+            (K,),
             dbank,
             grad_loss.contiguous(),
             lse.contiguous(),

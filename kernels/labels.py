@@ -10,6 +10,7 @@ pass.
 import torch
 import triton
 import triton.language as tl
+from codir_fast.kernels.launch import cdiv
 from torch import Tensor
 
 LABEL_BLOCK = 256
@@ -56,7 +57,7 @@ def number_labels(
 
 def label_blocks(size: int) -> int:
     """Programs for so many labels."""
-    return triton.cdiv(size, LABEL_BLOCK)
+    return cdiv(size, LABEL_BLOCK)
 
 
 def is_sorted(B: int) -> bool:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from codir_fast.kernels import tiles
+from codir_fast.kernels.launch import cdiv, launch
 from torch import Tensor
 
 MODES = ("mean", "max", "first", "last")
@@ -269,7 +270,9 @@ def masked_pool(
     tile = tiles.choose(tiles.MASKED_POOL, arch)[first.dtype]._asdict()
 
     def run(tile: tiles.Tile) -> None:
-        masked_pool_kernel[(B * triton.cdiv(H, tile["BLOCK_H"]), L)](
+        launch(
+            masked_pool_kernel,
+            (B * cdiv(H, tile["BLOCK_H"]), L),
             pooled,
             argmax,
             tuple(layers),
@@ -320,7 +323,9 @@ def masked_pool_backward(
         return dhidden
     tile = tiles.choose(tiles.MASKED_POOL, tiles.architecture(grad.device))[grad.dtype]
     with torch.cuda.device_of(grad):
-        masked_pool_backward_kernel[(B * triton.cdiv(H, tile.BLOCK_H), num_layers)](
+        launch(
+            masked_pool_backward_kernel,
+            (B * cdiv(H, tile.BLOCK_H), num_layers),
             tuple(dhidden),
             grad.contiguous(),
             mask,

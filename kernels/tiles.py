@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import triton
+from codir_fast.kernels.launch import cdiv, next_power_of_2
 from triton.runtime.errors import OutOfResources, PTXASError
 
 Row = TypeVar("Row")
@@ -259,7 +259,16 @@ def bank_contrast(
     bank_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """The tile of the one-pass kernel, with BLOCK_D; empty where D is too wide for it."""
-    BLOCK_D = max(64, triton.next_power_of_2(D))
+    load = sum(flags[name] for name in ("HAS_LABELS", "HAS_SCALE", "NCE")) + 2 * flags["HAS_VALID"]
+    return dict(_bank_contrast(arch, dtype, B, D, load, bank_dtype))
+
+
+@functools.lru_cache(maxsize=1024)
+def _bank_contrast(
+    arch: int, dtype: torch.dtype, B: int, D: int, load: int, bank_dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """`load`: what takes registers beside the products."""
+    BLOCK_D = max(64, next_power_of_2(D))
     by_width = choose(BANK_CONTRAST, arch)[_key(dtype)]
     converted = _is_converted(dtype, bank_dtype)
     widest = min(256, max(by_width)) if converted else max(by_width)
@@ -268,7 +277,6 @@ def bank_contrast(
         return {}
     by_queries = by_width[min(wide_enough)]
     plain, masked = by_queries[min(limit for limit in by_queries if limit >= B)]
-    load = sum(flags[name] for name in ("HAS_LABELS", "HAS_SCALE", "NCE")) + 2 * flags["HAS_VALID"]
     load += converted
     tile = masked if load else plain
     if load > 1:
@@ -301,7 +309,7 @@ def bank_contrast_wide(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tiles of the two products."""
     weights, of_nce, rows = choose(BANK_CONTRAST_WIDE, arch)[_key(dtype)]
-    first, BLOCK_B = of_nce if flags["NCE"] else weights, max(64, triton.next_power_of_2(B))
+    first, BLOCK_B = of_nce if flags["NCE"] else weights, max(64, next_power_of_2(B))
     if _is_widest(dtype, bank_dtype):
         rows, BLOCK_B = rows._replace(BLOCK_D=64), min(128, BLOCK_B)
     first = first._replace(BLOCK_B=min(first.BLOCK_B, BLOCK_B))
@@ -361,22 +369,22 @@ def _split(
 ) -> int:
     slots = resident * processors
     overhead = 2  # blocks of rows that a program's start and its partial sums cost, about
-    blocks, num_tiles = triton.cdiv(B, BLOCK_B), max(1, triton.cdiv(K, BLOCK_K))
+    blocks, num_tiles = cdiv(B, BLOCK_B), max(1, cdiv(K, BLOCK_K))
     partial_bytes = 4 * B * (D + 2)
     # float32 sums of very many rows lose digits; they are added up in float64 in the end.
-    longest = triton.cdiv(8192, BLOCK_K) if dtype == torch.float32 else num_tiles
-    least = min(triton.cdiv(num_tiles, longest), max(1, MAX_PARTIAL_BYTES // partial_bytes))
+    longest = cdiv(8192, BLOCK_K) if dtype == torch.float32 else num_tiles
+    least = min(cdiv(num_tiles, longest), max(1, MAX_PARTIAL_BYTES // partial_bytes))
     # More than one program a multiprocessor only where partial sums are little beside the bank.
     quarter_of_bank = K * D * dtype.itemsize // (4 * partial_bytes)
-    most = max(quarter_of_bank, triton.cdiv(processors, blocks))
-    most = max(least, min(num_tiles, 2 * triton.cdiv(slots, blocks), most))
+    most = max(quarter_of_bank, cdiv(processors, blocks))
+    most = max(least, min(num_tiles, 2 * cdiv(slots, blocks), most))
 
     def cost(splits: int) -> tuple[int, int]:
-        waves = triton.cdiv(blocks * splits, slots)
-        return waves * (triton.cdiv(num_tiles, splits) + overhead), splits
+        waves = cdiv(blocks * splits, slots)
+        return waves * (cdiv(num_tiles, splits) + overhead), splits
 
     _, splits = min(cost(splits) for splits in range(least, most + 1))
-    return triton.cdiv(num_tiles, splits) * BLOCK_K
+    return cdiv(num_tiles, splits) * BLOCK_K
 
 
 MAX_PARTIAL_BYTES = 1 << 28

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import triton
+from codir_fast.kernels.launch import forget
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import make_launcher
 from triton.runtime import JITFunction
@@ -14,8 +15,17 @@ from triton.runtime import JITFunction
 SHARED_MEMORY = 227 << 10  # bytes a program may have on sm_90
 
 
+class Launched(list[str]):
+    """Names of kernels in the order of their launches; of each the compiled form, and its
+    arguments.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+
 class _Launcher:
-    def __init__(self, launched: list[str], source: Any, metadata: Any) -> None:
+    def __init__(self, launched: Launched, source: Any, metadata: Any) -> None:
         names = source.fn.arg_names
         constants = {
             (names.index(key),) if isinstance(key, str) else key: value
@@ -30,6 +40,7 @@ class _Launcher:
         assert all(size > 0 for size in grid_and_arguments[:3])
         assert all(size < 1 << 16 for size in grid_and_arguments[1:3])
         self._launched.append(self._name)
+        self._launched.calls.append((self, grid_and_arguments))
 
 
 class _Utils:
@@ -41,7 +52,7 @@ class _Utils:
 
 
 class _Driver:
-    def __init__(self, launched: list[str]) -> None:
+    def __init__(self, launched: Launched) -> None:
         self.utils = _Utils()
         self.launcher_cls = lambda source, metadata: _Launcher(launched, source, metadata)
 
@@ -56,15 +67,19 @@ class _Driver:
 
 
 @contextmanager
-def sm_90(kernels: list[JITFunction]) -> Iterator[list[str]]:
-    """Names of the kernels that are launched meanwhile, in order."""
-    launched: list[str] = []
-    for kernel in kernels:
-        kernel.device_caches.clear()
+def sm_90(kernels: list[JITFunction]) -> Iterator[Launched]:
+    """The launches of these kernels meanwhile."""
+    launched = Launched()
+    _forget(kernels)
     triton.runtime.driver.set_active(_Driver(launched))
     try:
         yield launched
     finally:
         triton.runtime.driver.set_active(None)  # what is there is found when it is asked for
-        for kernel in kernels:
-            kernel.device_caches.clear()
+        _forget(kernels)
+
+
+def _forget(kernels: list[JITFunction]) -> None:
+    forget()
+    for kernel in kernels:
+        kernel.device_caches.clear()
