@@ -96,8 +96,8 @@ def rows_of(
     )
 
 
-def resolve(op: str, backend: str, inputs: torch.Tensor, rows: Rows = Rows()) -> str:  # noqa: B008 (immutable)
-    """The backend that runs `op` on tensors like `inputs` (its device, dtype, and last size as the
+def resolve(op: str, backend: str, tensor: torch.Tensor, rows: Rows = Rows()) -> str:  # noqa: B008 (immutable)
+    """The backend that runs `op` on tensors like this one (its device, dtype, and last size as the
     width of an embedding) and such rows of a bank: `backend` itself, or what AUTO says.
 
     Raises:
@@ -105,6 +105,22 @@ def resolve(op: str, backend: str, inputs: torch.Tensor, rows: Rows = Rows()) ->
         RuntimeError: the backend was named and can't run `op` here.
     """
     check_choice("backend", backend, ("auto", *NAMES))
+    inputs = _Inputs(tensor.device, tensor.dtype, tensor.shape[-1])
+    is_known = backend == "auto" or inputs.device.type == "cuda"
+    if not is_known or torch.compiler.is_compiling() or not isinstance(inputs.dim, int):
+        return _decide(op, backend, inputs, rows)
+    return _remembered(op, backend, inputs, rows)
+
+
+class _Inputs(NamedTuple):
+    """What matters of them: where they are, and the width of an embedding."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dim: int
+
+
+def _decide(op: str, backend: str, inputs: _Inputs, rows: Rows) -> str:
     if backend == "auto":
         choices = AUTO.get((inputs.device.type, op), ("torch",))
         if "cuda" in choices and not _is_shown(op, inputs, rows):
@@ -122,16 +138,20 @@ def resolve(op: str, backend: str, inputs: torch.Tensor, rows: Rows = Rows()) ->
     return backend
 
 
-def _is_shown(op: str, inputs: torch.Tensor, rows: Rows) -> bool:
+# A loss asks at each call, and a GPU stays what it is as long as the process.
+_remembered = functools.lru_cache(maxsize=4096)(_decide)
+
+
+def _is_shown(op: str, inputs: _Inputs, rows: Rows) -> bool:
     """Whether benchmarks/results/h200 shows the hand-written kernel of such a call right, and
     faster than Triton's.
     """
     if _compute_capability(inputs.device) != (9, 0) or inputs.dtype != torch.bfloat16:
         return False
-    return op == "masked_pool" or (rows.plain and 64 < inputs.shape[-1] <= 128)
+    return op == "masked_pool" or (rows.plain and 64 < inputs.dim <= 128)
 
 
-def _why_not(op: str, backend: str, inputs: torch.Tensor, rows: Rows) -> str:
+def _why_not(op: str, backend: str, inputs: _Inputs, rows: Rows) -> str:
     """Empty when the backend can run the operator on such inputs."""
     device_type = inputs.device.type
     if op not in _OPS_OF[backend]:
@@ -143,8 +163,8 @@ def _why_not(op: str, backend: str, inputs: torch.Tensor, rows: Rows) -> str:
     if backend == "triton" and op != "masked_pool":
         if inputs.dtype == torch.float64:
             return "it has no float64"
-        if inputs.shape[-1] > _TRITON_MAX_DIM:
-            return f"D is {inputs.shape[-1]}, it takes up to {_TRITON_MAX_DIM}"
+        if inputs.dim > _TRITON_MAX_DIM:
+            return f"D is {inputs.dim}, it takes up to {_TRITON_MAX_DIM}"
         is_float8 = rows.dtype == torch.float8_e4m3fn
         if is_float8 and _compute_capability(inputs.device) < (8, 9):
             return "a float8 bank needs sm_89 or newer"
@@ -171,7 +191,7 @@ def _why_not(op: str, backend: str, inputs: torch.Tensor, rows: Rows) -> str:
     return ""
 
 
-def _why_not_cuda_bank_contrast(inputs: torch.Tensor, rows: Rows) -> str:
+def _why_not_cuda_bank_contrast(inputs: _Inputs, rows: Rows) -> str:
     """What it lacks for tensors like these, on whatever machine."""
     if inputs.dtype not in _CUDA_DTYPES:
         return f"it takes bfloat16 and float16, `query` is {inputs.dtype}"
@@ -184,7 +204,7 @@ def _why_not_cuda_bank_contrast(inputs: torch.Tensor, rows: Rows) -> str:
         )
     if not rows.aligned:
         return "`bank` must begin at a multiple of 16 bytes"
-    D = inputs.shape[-1]
+    D = inputs.dim
     if D > _CUDA_MAX_DIM or D % 8 != 0:
         return f"D is {D}, it takes multiples of 8 up to {_CUDA_MAX_DIM}"
     return ""

@@ -57,16 +57,23 @@ def arrange(
 
 
 def losses_of(
-    directions: list[Direction], objective: Objective, batch: GlobalBatch | None
+    directions: list[Direction],
+    objective: Objective,
+    batch: GlobalBatch | None,
+    reduction: str = "none",
 ) -> list[Tensor]:
-    """The loss (B,) of each direction."""
+    """The loss (B,) of each direction; reduced where no `batch` of several ranks is."""
     if batch is not None and not directions[0][2].own:
         return sharded_losses(directions, batch, objective)
-    return [_loss(*direction, objective) for direction in directions]
+    return [_loss(*direction, objective, reduction) for direction in directions]
 
 
 def _loss(
-    query: Tensor, positive: Tensor, negatives: ChosenNegatives, objective: Objective
+    query: Tensor,
+    positive: Tensor,
+    negatives: ChosenNegatives,
+    objective: Objective,
+    reduction: str,
 ) -> Tensor:
     vectors = (query, positive, negatives.rows, objective.inv_temperature)
     picks: dict[str, Any] = {
@@ -80,6 +87,7 @@ def _loss(
         "num_data": objective.num_data,
         "normalize": objective.normalize,
         "backend": objective.backend,
+        "reduction": reduction,
     }
     if negatives.index is None:
         return bank_contrast(*vectors, **picks)

@@ -20,6 +20,7 @@ from codir_fast.loss_arguments import (
     prepare,
 )
 from codir_fast.negatives import Negatives
+from codir_fast.ops.contrast import reduced
 from codir_fast.sharded_contrast import (
     Direction,
     Objective,
@@ -154,6 +155,8 @@ def contrastive_loss(
         counts = (negatives.num_offered, num_data or negatives.num_rows)
         num_noise, num_data = counts if 0 not in counts else (1, 1)
         meant = replace(meant, log_partition=log_z, num_noise=num_noise, num_data=num_data)
+    if weight is None and batch is None and not symmetric:
+        return losses_of(ways, meant, batch, reduction)[0]
     per_query = losses_of(ways, meant, batch)
     loss = (per_query[0] + per_query[1]) / 2 if symmetric else per_query[0]
     return _reduce(loss, weight, reduction, batch)
@@ -248,10 +251,8 @@ def _reduce(
             raise TypeError(f"`weight` must be real, got {weight.dtype}")
         check_device("weight", weight, loss.device, "`query`")
         loss = loss * weight.to(loss.dtype)
-    if reduction == "none":
-        return loss
-    if batch is None:
-        return loss.mean() if reduction == "mean" else loss.sum()
+    if batch is None or reduction == "none":
+        return reduced(loss, reduction)
     num_ranks = batch.ranks.size  # by which DDP will divide
     if reduction == "sum":
         return loss.sum() * num_ranks

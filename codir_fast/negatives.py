@@ -107,9 +107,9 @@ def _choose_rows(
     if negative_keys is None:
         return ChosenNegatives(positive, source=None, total=len(positive))
     if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
-        _check_bank(query, negative_keys)
-        valid = None if negative_keys.is_full else negative_keys.valid
         rows, scale = negative_keys.rows, negative_keys.row_scale
+        _check_bank(query, rows)
+        valid = None if negative_keys.is_full else negative_keys.valid
         if scale is not None:
             scale = scale.to(compute_dtype(query.dtype))
         return ChosenNegatives(
@@ -164,13 +164,12 @@ def _inverse_norm(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return norm.clamp_min_(EPS).reciprocal_()
 
 
-def _check_bank(query: Tensor, bank: MemoryQueue | IndexedBank) -> None:
-    if bank.dim != query.shape[1]:
-        raise ValueError(
-            f"`negative_keys` must be a bank of dim D={query.shape[1]} as `query`, got {bank.dim}"
-        )
-    check_device("negative_keys", bank.rows, query.device, "`query`")
-    if bank.rows.dtype == torch.float64 and query.dtype != torch.float64:
+def _check_bank(query: Tensor, rows: Tensor) -> None:
+    D, dim = query.shape[1], rows.shape[1]
+    if dim != D:
+        raise ValueError(f"`negative_keys` must be a bank of dim D={D} as `query`, got {dim}")
+    check_device("negative_keys", rows, query.device, "`query`")
+    if rows.dtype == torch.float64 and query.dtype != torch.float64:
         raise ValueError("`negative_keys` is a float64 bank, which needs a float64 `query`")
 
 

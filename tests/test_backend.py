@@ -28,13 +28,18 @@ HALF = replace(CUDA, dtype=torch.bfloat16)
 
 def set_capability(monkeypatch, *capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    forget()
+
+
+def forget():
     backend._capability_of.cache_clear()
+    backend._remembered.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def ask_again():
     yield
-    backend._capability_of.cache_clear()
+    forget()
 
 
 @pytest.fixture

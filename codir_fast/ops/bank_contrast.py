@@ -41,6 +41,7 @@ def bank_contrast(
     normalize: bool = False,
     *,
     backend: str,
+    reduction: str = "none",
 ) -> Tensor:
     """InfoNCE per query, (B,), or NCE where log Z is given; see
     codir_fast.functional.contrastive_loss.
@@ -52,10 +53,11 @@ def bank_contrast(
     """
     masks = (labels, bank_labels, exclude_index, valid)
     rows = rows_of(bank, bank_scale, inv_temperature, *masks, log_partition)
-    op = _FORWARD[resolve("bank_contrast", backend, query, rows)]
+    loss_of = _FORWARD[resolve("bank_contrast", backend, query, rows)]
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)
-    return op(*vectors, bank_scale, *masks, *objective, normalize)[0]
+    inputs = (*vectors, bank_scale, *masks, *objective, normalize)
+    return loss_of(inputs, reduction)
 
 
 class _Negatives(NamedTuple):

@@ -191,34 +191,34 @@ def _product(rows: Tensor) -> str:
     return "bc,cd->bd" if rows.ndim == 2 else "bc,bcd->bd"
 
 
-def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
-    """Fake and autograd implementations of one backend of `op` and of `op`_backward; gives `op` as
-    a function of all its arguments by position.
+def add_contrast_backend(op: str, backend: str) -> Callable[[tuple[Any, ...], str], Tensor]:
+    """Fake and autograd implementations of one backend of `op` and of `op`_backward; gives the loss
+    as a function of all arguments of `op`, and of its reduction.
 
     Both take (query, positive or not, bank, inv_temperature, ...): whatever follows goes from one
     to the other as it is and gets no gradient.
     """
-    forward = registration.overload(op, backend)
+    run = registration.overload(op, backend)
     backward = registration.overload(f"{op}_backward", backend)
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        query, positive, bank, inv_temperature, *picks, num_noise, num_data, normalize = inputs
-        if any(pick is not None and pick.requires_grad for pick in picks):
-            raise RuntimeError(
-                f"codir_fast: {op} has no gradient for `bank_scale` and `log_partition`"
-            )
+    def save(ctx: Any, vectors: tuple[Tensor, ...], rest: tuple[Any, ...], output: Outputs) -> None:
+        query, positive, bank, inv_temperature = vectors
+        *picks, num_noise, num_data, normalize = rest
+        for pick in picks:
+            if pick is not None and pick.requires_grad:
+                raise RuntimeError(
+                    f"codir_fast: {op} has no gradient for `bank_scale` and `log_partition`"
+                )
         _, lse, dquery, dpositive, dinv_temperature = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse, dquery, dpositive, dinv_temperature)
         needs = ctx.needs_input_grad
-        ctx.num_picks, ctx.options = len(picks), (num_noise, num_data, normalize)
+        ctx.options = (num_noise, num_data, normalize)
         ctx.dtypes = query.dtype, positive.dtype
-        ctx.inv_temperature_like = (inv_temperature.dtype, inv_temperature.device)
         # First what a second derivative would depend on, to refuse it. (B, .) tensors only, unless
         # the bank needs a gradient: else it may change before backward.
-        given = inputs[:4]
+        given = vectors
         if not registration.under_functorch():
-            given = tuple(x for x, needed in zip(given, needs, strict=False) if needed)
+            given = tuple(x for x, needed in zip(vectors, needs, strict=False) if needed)
         ctx.num_given = len(given)
         ctx.save_for_backward(
             *given,
@@ -227,40 +227,125 @@ def add_contrast_backend(op: str, backend: str) -> Callable[..., Outputs]:
             dinv_temperature if needs[3] else None,
             *((query, bank, inv_temperature, lse, *picks) if needs[2] else ()),
         )
+        ctx.inv_temperature_like = inv_temperature.dtype, inv_temperature.device
 
-    def differentiate(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        """`grad_loss`: (B,), or of each query's loss alike, 0-d."""
         if grad_loss is None:
-            return (None,) * (7 + ctx.num_picks)
+            return (None,) * 4
         saved = ctx.saved_tensors  # once: checkpointing refuses more
         dquery, dpositive, dinv_temperature, *for_bank = saved[ctx.num_given :]
         dtype, device = ctx.inv_temperature_like
+        dbank = None
+        if for_bank:
+            of_each = grad_loss.expand(for_bank[0].shape[0]).contiguous()
+            dbank = backward(of_each, *for_bank, *ctx.options)
+        factor = grad_loss[:, None] if grad_loss.ndim else grad_loss
+        dquery, dpositive = _chained(factor, (dquery, dpositive), ctx.dtypes)
         grads = (
-            None if dquery is None else _chained(grad_loss, dquery, ctx.dtypes[0]),
-            None if dpositive is None else _chained(grad_loss, dpositive, ctx.dtypes[1]),
-            backward(grad_loss.contiguous(), *for_bank, *ctx.options) if for_bank else None,
+            dquery,
+            dpositive,
+            dbank,
             None
             if dinv_temperature is None
             else (grad_loss * dinv_temperature).sum().to(dtype=dtype, device=device),
         )
         given = (*saved[: ctx.num_given], grad_loss)
-        once = registration.first_derivative_only(op, grads, given)
-        return (*once, *(None,) * (ctx.num_picks + 3))
+        return registration.first_derivative_only(op, grads, given)
 
-    registration.register_fake(forward, _fake)
+    # What torch.library registers costs 60 us a call and is passed by under functorch's transforms
+    # (torch.func.grad and its kin); an autograd.Function is not. torch.compile wants the operator.
+    class Eager(torch.autograd.Function):
+        """The reduced loss, so that autograd has one step where it would have two."""
+
+        @staticmethod
+        def forward(
+            ctx: Any,
+            query: Tensor,
+            positive: Tensor,
+            bank: Tensor,
+            inv_temperature: Tensor,
+            rest: tuple[Any, ...],
+            reduction: str,
+        ) -> Tensor:
+            vectors = (query, positive, bank, inv_temperature)
+            with torch._C._AutoDispatchBelowAutograd():
+                output = run(*vectors, *rest)
+            save(ctx, vectors, rest, output)
+            ctx.divisor = len(query) if reduction == "mean" else 1
+            return reduced(output[0], reduction)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None) -> Any:
+            if grad is not None and ctx.divisor != 1:
+                grad = grad / ctx.divisor
+            return *differentiate(ctx, grad), None, None
+
+        jvp = registration.refuse_forward_mode(run.name())
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        ctx.num_rest = len(inputs) - 4
+        ctx.mark_non_differentiable(*output[1:])
+        save(ctx, inputs[:4], inputs[4:], output)
+
+    def differentiate_op(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
+        return *differentiate(ctx, grad_loss), *(None,) * ctx.num_rest
+
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*inputs: Any) -> Any:
+            return run(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return differentiate_op(ctx, *grads)
+
+        jvp = registration.refuse_forward_mode(run.name())
+
+    registration.register_fake(run, _fake)
     registration.register_fake(backward, _fake_backward)
-    registration.register_autograd(forward, setup_context, differentiate)
-    return registration.differentiable(forward, setup_context, differentiate)
+    registration.register_autograd(run, setup_context, differentiate_op)
+
+    def loss_of(inputs: tuple[Any, ...], reduction: str) -> Tensor:
+        if torch.compiler.is_compiling():
+            return reduced(run(*inputs)[0], reduction)
+        if registration.under_functorch():
+            return reduced(Transformed.apply(*inputs)[0], reduction)
+        return Eager.apply(*inputs[:4], inputs[4:], reduction)
+
+    return loss_of
 
 
-def _chained(grad_loss: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient (B, D) of each query's loss times what comes in, (B,), in the input's dtype."""
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    """Losses (B,) as they are ("none"), their "mean" or their "sum"."""
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _chained(
+    factor: Tensor, gradients: tuple[Tensor | None, ...], dtypes: tuple[torch.dtype, ...]
+) -> list[Tensor | None]:
+    """Gradients (B, D) of each query's loss, times what comes in, in the dtypes of the inputs."""
     in_one_launch = not (
         torch.is_grad_enabled() or torch.compiler.is_compiling() or registration.under_functorch()
     )
-    if dtype == gradient.dtype or not in_one_launch:
-        return (grad_loss[:, None] * gradient).to(dtype)
-    out = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(grad_loss[:, None], gradient, out=out)
+    products: list[Tensor | None] = []
+    for gradient, dtype in zip(gradients, dtypes, strict=True):
+        if gradient is None:
+            products.append(None)
+        elif in_one_launch and dtype != gradient.dtype:
+            out = torch.empty_like(gradient, dtype=dtype)
+            products.append(torch.mul(factor, gradient, out=out))
+        else:
+            products.append((factor * gradient).to(dtype))
+    return products
 
 
 def _fake(query: Tensor, *_: Any, **__: Any) -> Outputs:

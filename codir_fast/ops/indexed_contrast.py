@@ -40,6 +40,7 @@ def indexed_contrast(
     normalize: bool = False,
     *,
     backend: str,
+    reduction: str = "none",
 ) -> Tensor:
     """InfoNCE, or NCE where log Z is given, per query, (B,), against the rows index[i] of the bank,
     (B, M) int64.
@@ -47,13 +48,14 @@ def indexed_contrast(
     A row named twice counts twice; one that the masks leave out does not count. Differentiable in
     query, positive, bank and inv_temperature; `normalize` as in bank_contrast.
     """
-    op = _FORWARD[
+    loss_of = _FORWARD[
         resolve("indexed_contrast", backend, query, rows_of(bank, bank_scale, inv_temperature))
     ]
     masks = (labels, bank_labels, exclude_index, valid)
     vectors = (query, positive, bank, inv_temperature)
     objective = (log_partition, num_noise, num_data)
-    return op(*vectors, index, bank_scale, *masks, *objective, normalize)[0]
+    inputs = (*vectors, index, bank_scale, *masks, *objective, normalize)
+    return loss_of(inputs, reduction)
 
 
 def _torch(

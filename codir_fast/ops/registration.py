@@ -80,54 +80,6 @@ def refuse_forward_mode(name: str) -> Any:
     return staticmethod(jvp)
 
 
-def differentiable(
-    op: OpOverload, setup: Callable[..., None], differentiate: Callable[..., Any]
-) -> Callable[..., Any]:
-    """`op` with the derivatives that register_autograd gave it, for calls from Python.
-
-    What torch.library registers costs 60 us a call and is passed by under functorch's transforms
-    (torch.func.grad and its kin); an autograd.Function is not. torch.compile wants the operator.
-    """
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op(*inputs)
-            setup(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return differentiate(ctx, *grads)
-
-        jvp = refuse_forward_mode(op.name())
-
-    class Transformed(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*inputs: Any) -> Any:
-            return op(*inputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup(ctx, inputs, output)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return differentiate(ctx, *grads)
-
-        jvp = refuse_forward_mode(op.name())
-
-    def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*inputs)
-        return (Transformed if under_functorch() else Eager).apply(*inputs)
-
-    return call
-
-
 def register_mutation(op: OpOverload, arguments: Sequence[int]) -> None:
     """Makes writing to the tensors at these positions count as an in-place change for autograd."""
 
