@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import torch
 from codir_fast.benchmarks import report
 from codir_fast.benchmarks.comparison import Begin, Rows, empty_row, failure, measure_shape
 from codir_fast.benchmarks.options import Where
@@ -15,12 +16,16 @@ from codir_fast.benchmarks.peers import PEERS, Peer
 from codir_fast.benchmarks.shapes import Shape
 
 _START = 120.0  # seconds that a process may take until its first peer is up
+_END = 5.0  # seconds that a process without work may take to end by itself
 _MOST_STOPS = 2  # of one peer, after which it is not tried at other shapes
+Measure = Callable[[Shape, Sequence[Peer], float, Begin, Where], tuple[Rows, dict[str, float]]]
 
 
-def serve(link: Connection, where: Where) -> None:
+def serve(link: Connection, where: Where, measure: Measure = measure_shape) -> None:
     """Measures what it is sent, until nothing comes or something harms the process."""
     faulthandler.enable()
+    if where.threads is not None:
+        torch.set_num_threads(where.threads)
     while True:
         try:
             shape, names, budget = link.recv()
@@ -28,21 +33,20 @@ def serve(link: Connection, where: Where) -> None:
             return
         peers = [p for p in PEERS if p.operator == shape.operator and p.name in names]
         try:
-            found = measure_shape(
-                shape, peers, budget, lambda name: link.send(("begin", name)), where
-            )
+            found = measure(shape, peers, budget, lambda name: link.send(("begin", name)), where)
         except Exception as error:
             link.send(("failed", failure(error)))
             return
         link.send(("done", found))
 
 
+Serve = Callable[[Connection, Where], None]
+
+
 class Isolated:
     """`measure_shape` in another process, with `limit` seconds for each thing that a peer does."""
 
-    def __init__(
-        self, where: Where, limit: float, serve: Callable[[Connection, Where], None] = serve
-    ) -> None:
+    def __init__(self, where: Where, limit: float, serve: Serve = serve) -> None:
         self._where, self._limit, self._serve = where, limit, serve
         self._process: Any = None
         self._stops: dict[str, int] = {}
@@ -70,10 +74,11 @@ class Isolated:
                 lost |= dict.fromkeys(names, answer)
         return [rows.get(p.name) or empty_row(shape, p) | lost[p.name] for p in peers], ceilings
 
-    def close(self) -> None:
-        """Ends the process, whatever it is at."""
+    def close(self, patience: float = _END) -> None:
+        """Ends the process, whatever it is at, after so many seconds for an end of its own."""
         if self._process is not None:
             self._link.close()
+            self._process.join(patience)
             self._process.kill()
             self._process.join()
             self._process = None
@@ -99,7 +104,7 @@ class Isolated:
                 up = value
                 begin(up)
         except TimeoutError:
-            self.close()
+            self.close(0)
             return up, {"refused": f"stopped after {self._limit if up else _START:.0f} s"}
         except (EOFError, OSError):
             self._process.join(10)

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +14,17 @@ from codir_fast.benchmarks.shapes import SHAPES, SWEEPS
 
 from codir_fast.errors import UsageError
 
-_GPU_LIMIT = 60.0  # seconds; a kernel is compiled at its first call
+GPU_LIMIT = 60.0  # seconds; a kernel is compiled at its first call
+_MOST_WARM = 16  # processes that share a GPU, unless more are asked for
 
 
 @dataclass(frozen=True)
 class Where:
-    """Device and dtype of all inputs."""
+    """Device and dtype of all inputs, and the threads of PyTorch, None as they are."""
 
     device: torch.device = measure.CPU
     dtype: torch.dtype = torch.float32
+    threads: int | None = None
 
 
 def parse(arguments: list[str], description: str) -> argparse.Namespace:
@@ -74,6 +77,14 @@ def _parser(description: str) -> argparse.ArgumentParser:
         help="peers run in a process of their own, which is ended when one takes longer for one "
         "thing; default: 60 on a GPU, on a CPU neither",
     )
+    parser.add_argument(
+        "--warm",
+        type=int,
+        metavar="PROCESSES",
+        help="so many run each step that compiles kernels once, side by side, before anything is "
+        "timed; what is timed then loads them from the caches of Triton and torch.compile; "
+        f"default: on a GPU one for each core, {_MOST_WARM} at most, on a CPU 0: none",
+    )
     parser.add_argument("--out", help="folder for table.md, results.json and the pictures")
     parser.add_argument("--list", action="store_true", help="list shapes and peers and stop")
     return parser
@@ -83,7 +94,11 @@ def _check(options: argparse.Namespace) -> None:
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"`threads` must be at least 1, got {options.threads}")
     if options.limit is None and options.device == "cuda":
-        options.limit = _GPU_LIMIT
+        options.limit = GPU_LIMIT
+    if options.warm is None:
+        options.warm = min(_MOST_WARM, _num_cores()) if options.device == "cuda" else 0
+    if options.warm < 0:
+        raise UsageError(f"`warm` must not be negative, got {options.warm}")
     for name in ("budget", "train_step", "limit"):
         seconds = getattr(options, name)
         if seconds is not None and not 0 < seconds < math.inf:
@@ -96,6 +111,12 @@ def _check(options: argparse.Namespace) -> None:
     for letter in options.sweep or []:
         if letter not in SWEEPS:
             raise UsageError(f"`sweep` must be of {', '.join(SWEEPS)}, got {letter!r}")
+
+
+def _num_cores() -> int:
+    """That this process may run on, where the system tells."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return os.cpu_count() or 1 if affinity is None else len(affinity(0))
 
 
 def _check_train_step(options: argparse.Namespace) -> None:
@@ -117,7 +138,7 @@ def where(options: argparse.Namespace) -> Where:
     names = ("float32",) if device.type == "cpu" else ("float32", "bfloat16", "float16")
     if name not in names:
         raise UsageError(f"`dtype` must be of {', '.join(names)} on {device}, got {name}")
-    return Where(device, getattr(torch, name))
+    return Where(device, getattr(torch, name), options.threads)
 
 
 def folder(text: str) -> Path:

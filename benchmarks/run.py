@@ -1,16 +1,18 @@
 """`codir-fast bench`: the kernels beside their peers on this machine, loss and gradient, equality
 with float64 before any timing.
 
-Everything is timed in interleaved rounds, with the ceilings of the machine (a product of matrices
-of 2048 x 2048, a copy of 256 MiB; 8192 x 8192 and 1 GiB on a GPU) in the same run. What fails or is
-wrong is listed with the reason, and the others are timed; the files of --out are written anew after
-each shape, and hold what is done wherever the run ends.
+On a GPU, several processes compile what is timed first (--warm). Everything is timed in interleaved
+rounds, with the ceilings of the machine (a product of matrices of 2048 x 2048, a copy of 256 MiB;
+8192 x 8192 and 1 GiB on a GPU) in the same run. What fails or is wrong is listed with the reason,
+and the others are timed; the files of --out are written anew after each shape, and hold what is
+done wherever the run ends.
 """
 
 import argparse
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from codir_fast.benchmarks import comparison, measure, report
+from codir_fast.benchmarks import comparison, measure, report, warm
 from codir_fast.benchmarks.isolated import Isolated
-from codir_fast.benchmarks.options import Where, folder, parse, where
+from codir_fast.benchmarks.options import GPU_LIMIT, Where, folder, parse, where
 from codir_fast.benchmarks.peers import PEERS, Peer
 from codir_fast.benchmarks.shapes import SHAPES, SWEEPS, Shape, find_shape
 
@@ -32,6 +34,7 @@ SWEEP_PEERS = {
 
 Compare = Callable[..., tuple[comparison.Rows, dict[str, float]]]
 Write = Callable[[], None]
+Timed = list[tuple[Shape, list[Peer]]]
 
 
 def run(arguments: list[str]) -> int:
@@ -46,16 +49,22 @@ def run(arguments: list[str]) -> int:
     every = options.shape in (None, ["all"])
     fitting = [shape for shape in SHAPES if place.device.type != "cpu" or not shape.gpu_only]
     shapes = fitting if every else [find_shape(text) for text in options.shape]
-    sweeps, seconds = options.sweep or [], options.train_step
+    seconds = options.train_step
+    named: Timed = []
+    if options.shape or not (options.sweep or seconds):
+        named = [(s, _chosen(s.operator, options.peers, place.device)) for s in shapes]
+    sweeps = {letter: _sweep(letter, options.peers, place.device) for letter in options.sweep or []}
     machine = measure.stamp(place.device, place.dtype)
     results = {"machine": machine, "ceilings": {}, "shapes": [], "sweeps": {}}
     write = (lambda: None) if out is None else partial(_write, out, results)
+    if options.warm:
+        _warm(sum(sweeps.values(), named), place, options, results)
     with _comparing(place, options.limit) as compare:
-        if options.shape or not (sweeps or seconds):
-            _run_shapes(shapes, place, options, results, compare, write)
+        if named:
+            _run_shapes(named, options.budget, results, compare, write)
             print(report.as_table(results["shapes"], results["ceilings"]))
-        for letter in sweeps:
-            _run_sweep(letter, place, options, results, compare, write)
+        for letter, sweep in sweeps.items():
+            _run_sweep(letter, sweep, options.budget, results, compare, write)
             print(_sweep_table(results["sweeps"][letter], letter))
     if seconds is not None:
         from codir_fast.benchmarks.train_step import measure_train_step  # needs transformers
@@ -102,10 +111,10 @@ def _listing() -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
-def _bar(total: int) -> Any:
+def _bar(total: int, unit: str = "peer", what: str | None = None) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="peer", dynamic_ncols=True)
+    return tqdm(desc=what, total=total, unit=unit, dynamic_ncols=True)
 
 
 def _chosen(operator: str, names: Sequence[str] | None, device: torch.device) -> list[Peer]:
@@ -116,20 +125,40 @@ def _chosen(operator: str, names: Sequence[str] | None, device: torch.device) ->
     return [p for p in of_operator if names is None or p.name in names or p.name == report.OURS]
 
 
+def _sweep(letter: str, names: Sequence[str] | None, device: torch.device) -> Timed:
+    peers = _chosen("bank_contrast", SWEEP_PEERS[letter] if names is None else names, device)
+    shapes = SWEEPS[letter]
+    return [(replace(s, name=f"{letter}={s.sizes[letter]}"), peers) for s in shapes]
+
+
+def _warm(timed: Timed, where: Where, options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Compiles what is timed, and puts how that went into the results."""
+    memory = warm.memory_of(where.device)
+    cases = warm.plan(timed, where.dtype, memory)
+    processes = warm.num_processes(options.warm, cases, memory)
+    if not processes:
+        return
+    # Compiling beside others takes longer than running.
+    limit = max(GPU_LIMIT, options.limit or 0.0)
+    start = time.perf_counter()
+    with _bar(len(cases), "step", "compiling") as bar:
+        refused = warm.warm(cases, where, limit, processes, memory, lambda case: bar.update())
+    results["compiled"] = {
+        "steps": len(cases),
+        "processes": processes,
+        "seconds": time.perf_counter() - start,
+        "refused": refused,
+    }
+
+
 def _run_shapes(
-    shapes: list[Shape],
-    where: Where,
-    options: argparse.Namespace,
-    results: dict[str, Any],
-    compare: Compare,
-    write: Write,
+    timed: Timed, budget: float, results: dict[str, Any], compare: Compare, write: Write
 ) -> None:
-    peers = [_chosen(shape.operator, options.peers, where.device) for shape in shapes]
-    with _bar(sum(len(chosen) for chosen in peers)) as bar:
-        for shape, chosen in zip(shapes, peers, strict=True):
+    with _bar(sum(len(peers) for _, peers in timed)) as bar:
+        for shape, peers in timed:
             bar.set_description(shape.name)
-            rows, found = compare(shape, chosen, options.budget)
-            bar.update(len(chosen))
+            rows, found = compare(shape, peers, budget)
+            bar.update(len(peers))
             results["shapes"] += rows
             best = results["ceilings"]
             best |= {key: max(value, best.get(key, 0.0)) for key, value in found.items()}
@@ -138,20 +167,17 @@ def _run_shapes(
 
 def _run_sweep(
     letter: str,
-    where: Where,
-    options: argparse.Namespace,
+    timed: Timed,
+    budget: float,
     results: dict[str, Any],
     compare: Compare,
     write: Write,
 ) -> None:
-    wanted = SWEEP_PEERS[letter] if options.peers is None else options.peers
-    peers = _chosen("bank_contrast", wanted, where.device)
     results["sweeps"][letter] = rows = []
-    with _bar(len(SWEEPS[letter]) * len(peers)) as bar:
-        for shape in SWEEPS[letter]:
-            size = shape.sizes[letter]
-            bar.set_description(f"{letter}={size}")
-            rows += compare(replace(shape, name=f"{letter}={size}"), peers, options.budget)[0]
+    with _bar(sum(len(peers) for _, peers in timed)) as bar:
+        for shape, peers in timed:
+            bar.set_description(shape.name)
+            rows += compare(shape, peers, budget)[0]
             bar.update(len(peers))
             write()
 

@@ -23,6 +23,12 @@ class Shape:
         s = self.sizes
         return 4 * s["B"] * s["K"] * s["D"] if self.operator == "bank_contrast" else 0
 
+    @property
+    def num_elements(self) -> int:
+        """Of the largest input: positives and bank, or the states of all layers."""
+        s = self.sizes
+        return (s["B"] + s["K"]) * s["D"] if "D" in s else s["L"] * s["B"] * s["T"] * s["H"]
+
     def bytes(self, itemsize: int) -> int:
         """That must be read or written, inputs that every peer reads anyway."""
         s = self.sizes

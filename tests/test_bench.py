@@ -117,6 +117,24 @@ def test_what_is_done_is_written_when_the_run_ends_early(tmp_path, monkeypatch):
     assert "| eager |" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
+def test_named_shapes_come_before_sweeps_and_each_point_is_written(tmp_path, monkeypatch):
+    def make_inputs(shape, *place):
+        if shape.sizes["K"] == 64:
+            raise KeyboardInterrupt
+        return peers.make_inputs(shape, *place)
+
+    monkeypatch.setattr(comparison, "make_inputs", make_inputs)
+    shapes = [Shape("", "bank_contrast", {"B": 2, "K": K, "D": 8}) for K in (16, 64)]
+    monkeypatch.setattr("codir_fast.benchmarks.run.SWEEPS", {"K": shapes})
+    flags = ["--sweep", "K", "--shape", "4,200,16", "--peers", "eager", "--budget", "0.01"]
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", *flags, "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [row["shape"] for row in results["shapes"]] == ["4x200x16"] * 2
+    assert [row["shape"] for row in results["sweeps"]["K"]] == ["K=16"] * 2
+    assert "compiled" not in results  # on a CPU only where it is asked for
+
+
 def test_ours_wrong_is_the_exit_code_and_the_rest_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(comparison.TOLERANCE, torch.float32, 1e-30)
     flags = ["--shape", "4,200,16", "--peers", "two-products", "--budget", "0.01"]
@@ -205,6 +223,7 @@ def test_what_a_function_adds():
         (["--threads", "0"], "`threads` must be at least 1, got 0"),
         (["--threads", "two"], "argument --threads: invalid int value: 'two'"),
         (["--budget", "nan"], "`budget` must be positive seconds, got nan"),
+        (["--warm", "-1"], "`warm` must not be negative, got -1"),
         (["--limit", "0"], "`limit` must be positive seconds, got 0.0"),
         (["--train_step", "0"], "`train_step` must be positive seconds, got 0.0"),
         (["--train_step", "1", "--device", "cuda"], "`train_step` is timed on the CPU, got"),

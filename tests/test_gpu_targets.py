@@ -87,4 +87,12 @@ def test_a_benchmark_goes_to_a_folder_from_the_environment(make, tmp_path, flags
     assert done.returncode == 0, done.stderr
     assert lines[0].endswith(f"--out {tmp_path / 'out'}")
     assert f"--shape {'clip' if 'SHAPE=clip' in flags else 'all'} " in lines[0]
-    assert ("--limit 30" in lines[0]) == (flags == ["QUICK=1"])
+    assert ("--sweep K " in lines[0]) == (flags != ["QUICK=1"])
+
+
+def test_a_benchmark_that_takes_too_long_ends_and_says_so(make, tmp_path):
+    (ROOT / "build" / "gpu").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
+    done, _ = make("bench-gpu", "BENCH_SECONDS=1")
+    assert done.returncode == 2
+    assert f"out of time; what was timed until then is in {tmp_path / 'out'}" in done.stderr

@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+import torch
 
 pytest.importorskip("tqdm", reason="codir-fast bench needs it")
 
@@ -50,9 +51,16 @@ BAD = (
 )
 
 
+def check_threads():
+    assert torch.get_num_threads() == 1
+
+
+ONE_THREAD = bad("one-thread", check_threads)
+
+
 def serve(link, where):
     """With the peers above; `target` of the other process."""
-    isolated.PEERS = (*peers.PEERS, *BAD)
+    isolated.PEERS = (*peers.PEERS, *BAD, ONE_THREAD)
     isolated.serve(link, where)
 
 
@@ -82,3 +90,12 @@ def test_a_bad_peer_costs_its_own_row_alone(isolation):
     rows, _ = isolation.measure_shape(OTHER, [OURS, EAGER], 0.01)
     assert rows[0]["median"] > 0
     assert rows[1]["refused"] == "not tried: stopped 2 times before"
+
+
+def test_threads_are_those_that_are_asked_for():
+    isolation = Isolated(Where(threads=1), 15, serve)
+    try:
+        rows, _ = isolation.measure_shape(TINY, [ONE_THREAD], 0.01)
+    finally:
+        isolation.close()
+    assert rows[0].get("refused") is None

@@ -109,7 +109,7 @@ def _ours_cuda_graph(inputs: Inputs) -> Run:
     return replayed(_queue(inputs, backend="cuda"))
 
 
-@peer("two-products", "q @ b.T @ b, no loss", copies=1, is_floor=True)
+@peer("two-products", "q @ b.T @ b, no loss", copies=1, is_floor=True, compiles=False)
 def _two_products(inputs: Inputs) -> Run:
     query = inputs.query.detach()
     return lambda: ((query @ inputs.bank.T) @ inputs.bank,)
@@ -147,7 +147,7 @@ class _Chunked(torch.autograd.Function):
 CHUNK_SIZES = (512, 1024, 2048, 4096, 8192, 16384, 65536)
 
 
-@peer("chunked", "PyTorch loop over the bank, one pass, best chunk size")
+@peer("chunked", "PyTorch loop over the bank, one pass, best chunk size", compiles=False)
 def _chunked(inputs: Inputs) -> Run:
     """With the chunk size that is fastest here."""
 
@@ -166,7 +166,7 @@ def _cross_entropy(query: Tensor, positive: Tensor, bank: Tensor) -> Tensor:
     return F.cross_entropy(logits, logits.new_zeros(len(query), dtype=torch.int64))
 
 
-@peer("eager", "matmul, cat, cross_entropy", copies=4)
+@peer("eager", "matmul, cat, cross_entropy", copies=4, compiles=False)
 def _eager(inputs: Inputs) -> Run:
     vectors = (inputs.query, inputs.positive, inputs.bank)
     return with_gradient(inputs, lambda: _cross_entropy(*vectors))
@@ -184,6 +184,7 @@ def _compiled(inputs: Inputs) -> Run:
     "torch.nn.functional.linear_cross_entropy, its automatic chunking",
     copies=2,
     others_count=True,
+    compiles=False,
 )
 def _linear_cross_entropy(inputs: Inputs) -> Run:
     options = torch.nn.LinearCrossEntropyOptions()
@@ -196,7 +197,7 @@ def _linear_cross_entropy(inputs: Inputs) -> Run:
     return with_gradient(inputs, loss)
 
 
-@peer("lightly", "the formula of NTXentLoss, its bank is (D, K)", copies=4)
+@peer("lightly", "the formula of NTXentLoss, its bank is (D, K)", copies=4, compiles=False)
 def _lightly(inputs: Inputs) -> Run:
     """NTXentLoss with memory_bank_size: einsum makes the logits."""
     bank, targets = inputs.bank.T.contiguous(), torch.zeros(len(inputs.query), dtype=torch.int64)

@@ -79,7 +79,14 @@ def _inf_cl(inputs: Inputs) -> Run:
     return with_gradient(inputs, loss)
 
 
-@peer("info-nce-pytorch", "InfoNCE, unpaired", packages=("info_nce",), copies=4, normalizes=True)
+@peer(
+    "info-nce-pytorch",
+    "InfoNCE, unpaired",
+    packages=("info_nce",),
+    copies=4,
+    normalizes=True,
+    compiles=False,
+)
 def _info_nce(inputs: Inputs) -> Run:
     from info_nce import InfoNCE
 
@@ -94,6 +101,7 @@ def _info_nce(inputs: Inputs) -> Run:
     copies_per_query=3,
     normalizes=True,
     others_count=True,
+    compiles=False,
 )
 def _metric_learning(inputs: Inputs) -> Run:
     from pytorch_metric_learning.losses import NTXentLoss

@@ -25,7 +25,7 @@ def _ours(inputs: Inputs) -> Run:
     return with_gradient(inputs, loss)
 
 
-@peer("gathered", "index_select, bmm, as RepDistiller's ContrastMemory", copies=3)
+@peer("gathered", "index_select, bmm, as RepDistiller's ContrastMemory", copies=3, compiles=False)
 def _gathered(inputs: Inputs) -> Run:
     B, M = inputs.index.shape
     targets = torch.zeros(B, dtype=torch.int64)

@@ -95,19 +95,24 @@ def _cuda_graph(states: list[Tensor], mask: Tensor) -> Tensor:
     return pool_hidden_states(states, mask, backend="cuda")
 
 
-@peer("bmm", "bmm of the weights with each layer")
+@peer("bmm", "bmm of the weights with each layer", compiles=False)
 def _bmm(states: list[Tensor], mask: Tensor) -> Tensor:
     weights = (mask / mask.sum(1, keepdim=True))[:, None]
     return torch.cat([torch.bmm(weights, state)[:, 0] for state in states], dim=1)
 
 
-@peer("eager", "mask, sum, divide, cat")
+@peer("eager", "mask, sum, divide, cat", compiles=False)
 def _eager(states: list[Tensor], mask: Tensor) -> Tensor:
     count = mask.sum(1, keepdim=True)
     return torch.cat([(state * mask[..., None]).sum(1) / count for state in states], dim=1)
 
 
-@peer("sentence-transformers", "its formula of mean pooling, layer by layer", takes_integers=True)
+@peer(
+    "sentence-transformers",
+    "its formula of mean pooling, layer by layer",
+    takes_integers=True,
+    compiles=False,
+)
 def _expanded(states: list[Tensor], mask: Tensor) -> Tensor:
     pooled = []
     for state in states:

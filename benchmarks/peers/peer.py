@@ -18,7 +18,8 @@ SEARCH_ROWS = 1 << 17  # of the bank, for a choice among forms; more would take 
 @dataclass(frozen=True)
 class Peer:
     """`prepare` makes the function that is timed; tensors it makes are on the inputs' device.
-    `packages`: what it imports.
+    `packages`: what it imports. `compiles`: False where all that it runs is built already, as
+    PyTorch's own kernels are.
 
     `copies`: of the B x K logits that it holds at once (and `copies_per_query` more for each
     query), for the refusal of what does not fit.
@@ -35,6 +36,7 @@ class Peer:
     normalizes: bool = False  # its gradient is along the sphere
     is_floor: bool = False  # not the whole loss: nothing to compare
     gpu_only: bool = False
+    compiles: bool = True
 
     def refusal(self, shape: Shape, memory: int) -> str | None:
         """Why it can't run on this shape with so many bytes of memory."""
