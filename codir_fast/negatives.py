@@ -126,9 +126,8 @@ def _choose_rows(
 
 def as_rows(vectors: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
     """Vectors (N, D) as negatives, unit rows if `normalize`; the gradient goes on to them."""
-    if normalize:
-        vectors = unit_rows(vectors.to(compute_dtype(vectors.dtype)))
-    return vectors.to(dtype).contiguous()
+    rows = unit_rows(vectors, dtype) if normalize else vectors.to(dtype)
+    return rows.contiguous()
 
 
 def _explicit(rows: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

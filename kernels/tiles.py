@@ -343,6 +343,16 @@ def bank_update(padded_D: int) -> dict[str, int]:
     return {"BLOCK_D": padded_D, "num_warps": 4 if padded_D <= 1024 else 16}
 
 
+def unit_rows(padded_D: int) -> dict[str, int]:
+    """Whole rows, 32 elements a thread."""
+    BLOCK_N = max(1, 1024 // padded_D)
+    return {
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_D": padded_D,
+        "num_warps": max(1, BLOCK_N * padded_D // 1024),
+    }
+
+
 def _key(dtype: torch.dtype) -> Any:
     return HALF if dtype in (torch.bfloat16, torch.float16) else dtype
 

@@ -17,6 +17,7 @@ from codir_fast.kernels import (
     indexed_contrast,
     masked_pool,
     tiles,
+    unit_rows,
 )
 from codir_fast.kernels.ahead_of_time import Type, descriptor, pointer
 from triton.runtime import JITFunction
@@ -305,6 +306,17 @@ def others(arch: int, D: int) -> Iterator[Variant]:
         }
         name = _name("prepare", f"D={D}", "labels sorted" if SORTED else "labels compared")
         yield _variant("bank_contrast", name, arch, contrast.prepare_kernel, given)
+    for dtype in (HALF, FLOAT):
+        given = {
+            **dict.fromkeys(("unit_ptr", "drows_ptr", "grad_ptr", "rows_ptr"), pointer(dtype)),
+            "norm_ptr": pointer(FLOAT),
+            "N": COUNT,
+            "D": WIDTH,
+            **tiles.unit_rows(D),
+        }
+        name = _name(f"D={D}", dtype)
+        for kernel in (unit_rows.unit_rows_kernel, unit_rows.unit_rows_backward_kernel):
+            yield _variant(kernel.fn.__name__.removesuffix("_kernel"), name, arch, kernel, given)
     given = {
         "bank_ptr": pointer(HALF),
         "filled_ptr": pointer(torch.uint8),

@@ -26,7 +26,7 @@ HALF, FLOAT = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize(
-    "operator", ["bank_contrast", "indexed_contrast", "bank_update", "masked_pool"]
+    "operator", ["bank_contrast", "indexed_contrast", "bank_update", "masked_pool", "unit_rows"]
 )
 def test_interpreted(operator):
     triton_interpreter.run_tests(f"test_interpreted_{operator}.py")

@@ -32,6 +32,14 @@ def add_python_backend(op: str, backend: str, implementation: Callable[..., Any]
     return overload(op, backend)
 
 
+def add_operator(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Defines `codir_fast::<schema>` in Python, for whatever tensors it is called with."""
+    _LIBRARY.define(schema)
+    name = schema.partition("(")[0]
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    register_fake(overload(name), fake)
+
+
 def implement(op: str, device_type: str, implementation: Callable[..., Any]) -> None:
     """Gives `codir_fast::<op>` an implementation in Python for tensors of "CPU" or "CUDA"."""
     _LIBRARY.impl(op, implementation, device_type)
