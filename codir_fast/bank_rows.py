@@ -60,7 +60,7 @@ class BankRows(nn.Module):
             size = self.shard.num_rows
             labels = None if labels is None else self.shard.own(labels).clone()
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        check_count("dim", dim)
+        dim = check_count("dim", dim)
         is_float8 = dtype == FLOAT8
         if not is_float8:
             check_float_dtype("dtype", dtype)

@@ -2,6 +2,8 @@
 what came.
 """
 
+import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,18 +14,33 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_count(name: str, value: int) -> None:
+def as_number(value: Any) -> Any:
+    """A number of another library, numpy's say, as Python has it; anything else as it is."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return operator.index(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def check_count(name: str, value: Any) -> int:
+    """`value` as Python has it."""
+    value = as_number(value)
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}")
     if value >= 1 << 63:
         raise ValueError(f"`{name}` must be below 2^63, got {value}")
+    return value
 
 
-def check_number(name: str, value: Any) -> None:
+def check_number(name: str, value: Any) -> float:
+    """`value` as Python has it."""
+    value = as_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
+    return value
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -1,9 +1,6 @@
 """Arguments of the contrastive loss: what they must be, and what the operators take for them."""
 
 import math
-import numbers
-import operator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +8,7 @@ from torch import Tensor
 from codir_fast.backend import resolve
 from codir_fast.bank_rows import FLOAT8
 from codir_fast.checks import (
+    as_number,
     check_choice,
     check_count,
     check_device,
@@ -40,11 +38,11 @@ def check_nce(objective: str, log_partition: float | Tensor | None, num_data: in
         if objective != "nce" and value is not None:
             raise ValueError(f'`{name}` needs objective "nce", got {objective!r}')
     if num_data is not None:
-        check_count("num_data", as_number(num_data))
+        check_count("num_data", num_data)
         if num_data >= 1 << 63:
             raise ValueError(f"`num_data` must be below 2^63, got {num_data}")
     if log_partition is not None and not isinstance(log_partition, Tensor):
-        _check_log_partition(as_number(log_partition))
+        _check_log_partition(log_partition)
 
 
 def check_constants(
@@ -62,7 +60,7 @@ def check_constants(
             )
     counts = {"num_noise": num_noise, "num_data": num_data} if objective == "nce" else {}
     for name, value in counts.items():
-        check_count(name, as_number(value))
+        check_count(name, value)
     return num_noise or 1, num_data or 1
 
 
@@ -75,25 +73,15 @@ def refuse_picks(**picks: Tensor | None) -> None:
             )
 
 
-def as_number(value: Any) -> Any:
-    """A number of another library, numpy's say, as Python has it; anything else as it is."""
-    if isinstance(value, (int, float)):
-        return value
-    if isinstance(value, numbers.Integral):
-        return operator.index(value)
-    return float(value) if isinstance(value, numbers.Real) else value
-
-
 def check_temperature(temperature: float, name: str = "temperature") -> None:
-    t = as_number(temperature)
-    check_number(name, t)
+    t = check_number(name, temperature)
     # Comparisons only: torch.compile can follow them.
     if not (0 < t < math.inf and 1 / t < math.inf):
         raise ValueError(f"`{name}` must be positive and finite, got {t}")
 
 
 def _check_log_partition(log_partition: float) -> None:
-    check_number("log_partition", log_partition)
+    log_partition = check_number("log_partition", log_partition)
     if not -math.inf < log_partition < math.inf:
         raise ValueError(f"`log_partition` must be finite, got {log_partition}")
 

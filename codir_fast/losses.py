@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from codir_fast.backend import NAMES as BACKENDS
-from codir_fast.checks import check_choice, check_flag, check_number
+from codir_fast.checks import as_number, check_choice, check_flag, check_number
 from codir_fast.collectives import ranks_of
 from codir_fast.functional import contrastive_loss, estimate_log_partition
-from codir_fast.loss_arguments import as_number, check_nce, check_options, check_temperature
+from codir_fast.loss_arguments import check_nce, check_options, check_temperature
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 from codir_fast.negatives import Negatives
 from codir_fast.ops.registration import is_transformed
@@ -68,8 +68,7 @@ class ContrastiveLoss(nn.Module):
         check_flag("learnable_temperature", learnable_temperature)
         check_nce(objective, log_partition, num_data)
         if log_partition is not None:
-            log_partition = as_number(log_partition)
-            check_number("log_partition", log_partition)
+            log_partition = check_number("log_partition", log_partition)
         check_temperature(temperature)
         temperature, num_data = as_number(temperature), as_number(num_data)
         check_choice("backend", backend, ("auto", *BACKENDS))

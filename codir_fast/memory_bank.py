@@ -56,7 +56,7 @@ class MemoryQueue(BankRows):
         with_labels: bool = False,
         process_group: Any = None,
     ) -> None:
-        check_count("size", size)
+        size = check_count("size", size)
         check_flag("with_labels", with_labels)
         super().__init__(size, dim, dtype, None, process_group)
         if with_labels:
@@ -180,10 +180,10 @@ class IndexedBank(BankRows):
         labels: Tensor | None = None,
         process_group: Any = None,
     ) -> None:
-        check_number("momentum", momentum)
+        momentum = check_number("momentum", momentum)
         if not 0 <= momentum <= 1:
             raise ValueError(f"`momentum` must be in [0, 1], got {momentum}")
-        check_count("num_rows", num_rows)
+        num_rows = check_count("num_rows", num_rows)
         if labels is not None:
             check_integers("labels", labels, f"(num_rows,) with num_rows={num_rows}", num_rows)
             labels = labels.to(torch.int64, copy=True)

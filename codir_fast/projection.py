@@ -11,7 +11,6 @@ from codir_fast.checks import (
     check_same_dtype,
     check_tensor,
 )
-from codir_fast.loss_arguments import as_number
 from codir_fast.ops.contrast import compute_dtype
 
 
@@ -27,8 +26,7 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, in_features: int, dim: int = 128) -> None:
         super().__init__()
-        check_count("in_features", as_number(in_features))
-        check_count("dim", as_number(dim))
+        in_features, dim = check_count("in_features", in_features), check_count("dim", dim)
         self.linear = nn.Linear(in_features, dim)
 
     def forward(self, pooled: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def _own_rows(
         raise TypeError(
             f"`bank` must be a MemoryQueue or an IndexedBank, got {type(bank).__name__}"
         )
-    check_count("M", M)
+    M = check_count("M", M)
     if bank.row_labels is None:
         raise ValueError("`bank` must have labels; this one has none")
     check_tensor("labels", labels)

@@ -4,6 +4,7 @@ import copy
 import io
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -387,3 +388,16 @@ def test_rows_from_elsewhere_are_checked(dtype):
             (changed.rows if good.row_scale is None else changed.row_scale)[7] = factors[7] * change
             with pytest.raises(ValueError, match=message):
                 changed.check_rows()
+
+
+def test_numbers_of_numpy():
+    queue = codir_fast.MemoryQueue(np.int64(5), np.int32(4))
+    bank = codir_fast.IndexedBank(np.int64(5), np.int32(4), momentum=np.float32(0.5))
+    assert type(queue.size) is type(bank.size) is type(queue.dim) is int
+    assert type(bank.momentum) is float and bank.momentum == 0.5
+    keys = torch.randn(3, 4)
+    queue.enqueue(keys)
+    bank.update(torch.arange(3), keys)
+    assert torch.equal(queue.keys, bank.keys[:3])
+    with pytest.raises(TypeError, match="`size` must be an int, got float"):
+        codir_fast.MemoryQueue(np.float64(5), 4)

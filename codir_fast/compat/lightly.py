@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from codir_fast.checks import as_number
 from codir_fast.functional import contrastive_loss
-from codir_fast.loss_arguments import as_number, check_pair, check_temperature
+from codir_fast.loss_arguments import check_pair, check_temperature
 from codir_fast.memory_bank import MemoryQueue
 
 

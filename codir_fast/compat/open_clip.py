@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from codir_fast.checks import INTEGERS, check_float_dtype, check_number, check_tensor, is_readable
 from codir_fast.functional import contrastive_loss
-from codir_fast.loss_arguments import as_number, check_pair
+from codir_fast.loss_arguments import check_pair
 from codir_fast.ops.contrast import compute_dtype
 
 
@@ -95,8 +95,7 @@ class ClipLoss(nn.Module):
 def _temperature(logit_scale: Tensor | float) -> Tensor | float:
     """t = 1 / logit_scale, in float32 at least: a half-precision t would be off by up to 0.2%."""
     if not isinstance(logit_scale, Tensor):
-        scale = as_number(logit_scale)
-        check_number("logit_scale", scale)
+        scale = check_number("logit_scale", logit_scale)
         _check_scale(scale, torch.float64)
         return 1 / scale
     check_tensor("logit_scale", logit_scale)

@@ -24,7 +24,7 @@ from codir_fast.compat.positive_pairs import (
     unit,
 )
 from codir_fast.functional import contrastive_loss
-from codir_fast.loss_arguments import as_number, check_temperature
+from codir_fast.loss_arguments import check_temperature
 
 # What the original takes too, with its default.
 _NOT_SUPPORTED = {
@@ -230,10 +230,8 @@ class CrossBatchMemory(nn.Module):
         _refuse("CrossBatchMemory", {**kwargs, "miner": miner}, {"miner": None})
         super().__init__()
         self.loss = loss
-        self.embedding_size = as_number(embedding_size)
-        self.memory_size = as_number(memory_size)
-        check_count("embedding_size", self.embedding_size)
-        check_count("memory_size", self.memory_size)
+        self.embedding_size = check_count("embedding_size", embedding_size)
+        self.memory_size = check_count("memory_size", memory_size)
         self.reset_queue()
 
     def reset_queue(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from codir_fast.checks import (
     check_count,
+    check_device,
     check_float_dtype,
     check_index,
     check_integers,
@@ -18,7 +19,8 @@ from codir_fast.checks import (
     check_tensor,
 )
 from codir_fast.functional import contrastive_loss, estimate_log_partition
-from codir_fast.loss_arguments import as_number, check_temperature
+from codir_fast.loss_arguments import check_temperature
+from codir_fast.negatives import check_input_dtype
 
 _Z_V1, _Z_V2 = 2, 3  # places in `params`
 
@@ -58,7 +60,7 @@ class ContrastMemory(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("inputSize", inputSize), ("outputSize", outputSize), ("K", K)):
-            check_count(name, as_number(value))
+            check_count(name, value)
         check_temperature(T, "T")
         _check_momentum("momentum", momentum)
         self.K = K
@@ -86,6 +88,8 @@ class ContrastMemory(nn.Module):
             out_v1, out_v2: (B, K + 1, 1) each, differentiable in v1 and v2.
         """
         rows = self.choose_rows(y, idx)
+        for name, vectors in (("v1", v1), ("v2", v2)):
+            self._check_vectors(name, vectors, len(y))
         out_v1 = self._probabilities(v1, self.memory_v2, rows, _Z_V1)
         out_v2 = self._probabilities(v2, self.memory_v1, rows, _Z_V2)
         self.update(v1, v2, y)
@@ -97,7 +101,8 @@ class ContrastMemory(nn.Module):
         """The (B, K + 1) rows that count for each query, its positive's first; `names` are those
         of the two arguments in messages.
         """
-        B, K, n = len(y), int(self.params[0]), self.memory_v1.shape[0]
+        check_tensor(names[0], y)
+        B, K, n = y.shape[0] if y.ndim == 1 else 0, int(self.params[0]), self.memory_v1.shape[0]
         check_integers(names[0], y, f"(B,) with B={B}", B)
         check_index(names[0], y, 0, n)
         if B == 0:
@@ -105,6 +110,7 @@ class ContrastMemory(nn.Module):
         if idx is None:
             drawn = torch.randint(n, (B, K), device=y.device)
             return torch.cat([y.to(torch.int64)[:, None], drawn], dim=1)
+        check_tensor(names[1], idx)
         if idx.shape != (B, K + 1):
             raise ValueError(
                 f"`{names[1]}` must have shape (B, K + 1) with B={B}, K={K}, got {tuple(idx.shape)}"
@@ -112,6 +118,18 @@ class ContrastMemory(nn.Module):
         check_integers(names[1], idx.flatten(), "(B, K + 1)", B * (K + 1))
         check_index(names[1], idx, 0, n)
         return idx.to(torch.int64)
+
+    def _check_vectors(self, name: str, vectors: Tensor, B: int) -> None:
+        check_tensor(name, vectors)
+        check_float_dtype(name, vectors.dtype)
+        D = self.memory_v1.shape[1]
+        if vectors.shape != (B, D):
+            raise ValueError(
+                f"`{name}` must have shape (B, D) with B={B} as `y`, D={D}, "
+                f"got {tuple(vectors.shape)}"
+            )
+        check_device(name, vectors, self.memory_v1.device, "the memory")
+        check_input_dtype(name, vectors, self.memory_v1, "memory_v1")
 
     def log_partition(self, place: int, query: Tensor, memory: Tensor, rows: Tensor) -> float:
         """log Z of `params[place]`; where that is not set, of this batch, and in training it is set
@@ -178,7 +196,7 @@ class CRDLoss(nn.Module):
     def __init__(self, opt: Any) -> None:
         super().__init__()
         for name in ("s_dim", "t_dim", "feat_dim", "n_data", "nce_k"):
-            check_count(f"opt.{name}", as_number(getattr(opt, name)))
+            check_count(f"opt.{name}", getattr(opt, name))
         check_temperature(opt.nce_t, "opt.nce_t")
         _check_momentum("opt.nce_m", opt.nce_m)
         self.embed_s = _Embed(opt.s_dim, opt.feat_dim)
@@ -226,8 +244,7 @@ class CRDLoss(nn.Module):
 
 
 def _check_momentum(name: str, momentum: float) -> None:
-    m = as_number(momentum)
-    check_number(name, m)
+    m = check_number(name, momentum)
     if not 0 <= m <= 1:
         raise ValueError(f"`{name}` must be in [0, 1], got {m}")
 

@@ -229,6 +229,30 @@ def test_refusals():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"v1": torch.ones(B)}, ValueError, "`v1` must have shape (B, D) with B=6 as `y`, D="),
+        ({"v2": torch.ones(B - 1, D)}, ValueError, "`v2` must have shape (B, D) with B=6 as `y`"),
+        ({"v2": torch.ones(B, D + 1)}, ValueError, "`v2` must have shape (B, D) with B=6 as `y`"),
+        ({"v1": torch.ones(B, D).long()}, TypeError, "`v1` must be float32, float64, bfloat16"),
+        ({"v2": torch.ones(B, D).half()}, ValueError, "`v2` must have the dtype of `memory_v1`"),
+        ({"v1": [1.0]}, TypeError, "`v1` must be a Tensor, got list"),
+        ({"y": torch.tensor(1)}, ValueError, "`y` must have shape (B,)"),
+        ({"y": [1]}, TypeError, "`y` must be a Tensor, got list"),
+        ({"idx": [1]}, TypeError, "`idx` must be a Tensor, got list"),
+    ],
+    ids=str,
+)
+def test_wrong_vectors_change_nothing(changes, error, message):
+    memory = ContrastMemory(D, N, K)
+    before = {name: value.clone() for name, value in memory.state_dict().items()}
+    given = {"v1": torch.randn(B, D), "v2": torch.randn(B, D), "y": torch.arange(B), **changes}
+    with pytest.raises(error, match=re.escape(message)):
+        memory(**given)
+    assert all(torch.equal(value, before[name]) for name, value in memory.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
         ({"T": -1}, ValueError, "`T` must be positive and finite, got -1"),
         ({"T": 0.0}, ValueError, "`T` must be positive and finite, got 0.0"),
         ({"T": "1"}, TypeError, "`T` must be a number, got str"),
