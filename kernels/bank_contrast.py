@@ -23,16 +23,9 @@ from codir_fast.kernels.bank_access import (
     mask_logits,
 )
 from codir_fast.kernels.bank_contrast_wide import two_products
-from codir_fast.kernels.contrast import (
-    LOG2E,
-    QUERY_DTYPES,
-    Problem,
-    add_compensated,
-    check,
-    logistic,
-    scalar,
-)
+from codir_fast.kernels.contrast import LOG2E, add_compensated, logistic, scalar
 from codir_fast.kernels.launch import cdiv, launch
+from codir_fast.kernels.problem import QUERY_DTYPES, Problem, check
 from torch import Tensor
 
 # Of logits of unit rows, in units of log 2: terms e^{s - 1/t} down to e^{-2/t} are normal numbers.

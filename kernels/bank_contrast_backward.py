@@ -13,8 +13,9 @@ from codir_fast.kernels.bank_access import (
     load_scale,
     mask_logits,
 )
-from codir_fast.kernels.contrast import QUERY_DTYPES, Problem, check, logistic, padded, scalar
+from codir_fast.kernels.contrast import logistic, scalar
 from codir_fast.kernels.launch import cdiv, launch
+from codir_fast.kernels.problem import QUERY_DTYPES, Problem, check, padded
 from torch import Tensor
 
 

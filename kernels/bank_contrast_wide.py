@@ -15,8 +15,9 @@ from codir_fast.kernels.bank_access import (
     load_scale,
     mask_logits,
 )
-from codir_fast.kernels.contrast import LOG2E, Problem, add_compensated, logistic, scalar
+from codir_fast.kernels.contrast import LOG2E, add_compensated, logistic, scalar
 from codir_fast.kernels.launch import cdiv, launch
+from codir_fast.kernels.problem import Problem
 from torch import Tensor
 
 

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from codir_fast.kernels import tiles
-from codir_fast.kernels.contrast import QUERY_DTYPES, check, padded
 from codir_fast.kernels.launch import launch
+from codir_fast.kernels.problem import QUERY_DTYPES, check, padded
 from torch import Tensor
 
 

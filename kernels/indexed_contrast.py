@@ -13,17 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from codir_fast.kernels import tiles
-from codir_fast.kernels.contrast import (
-    LOG2E,
-    QUERY_DTYPES,
-    Problem,
-    add_compensated,
-    check,
-    logistic,
-    padded,
-    scalar,
-)
+from codir_fast.kernels.contrast import LOG2E, add_compensated, logistic, scalar
 from codir_fast.kernels.launch import cdiv, launch
+from codir_fast.kernels.problem import QUERY_DTYPES, Problem, check, padded
 from torch import Tensor
 
 

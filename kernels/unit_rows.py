@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from codir_fast.kernels import tiles
-from codir_fast.kernels.contrast import MAX_DIM, QUERY_DTYPES, check, padded
 from codir_fast.kernels.launch import cdiv, launch
+from codir_fast.kernels.problem import MAX_DIM, QUERY_DTYPES, check, padded
 from torch import Tensor
 
 MIN_NORM = tl.constexpr(1e-12)  # as in torch.nn.functional.normalize

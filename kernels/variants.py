@@ -16,6 +16,7 @@ from codir_fast.kernels import (
     contrast,
     indexed_contrast,
     masked_pool,
+    problem,
     tiles,
     unit_rows,
 )
@@ -179,7 +180,7 @@ def passes(
         "D": WIDTH,
         **flags,
         **tile,
-        "PRECISION": contrast.precision(dtype),
+        "PRECISION": problem.precision(dtype),
     }
     dtypes = _dtypes(dtype, bank_dtype)
     name = _name(*dtypes, f"D={D}", f"B={B}", use)
@@ -206,7 +207,7 @@ def two_products(
         **dict.fromkeys(("maximum_before_ptr", "total_before_ptr"), pointer(FLOAT)),
         **dict.fromkeys(("B", "K", "chunk_begin", "tiles_in_chunk", "tiles_per_split"), COUNT),
         **dict.fromkeys(("D", "chunk_rows"), WIDTH),
-        "PRECISION": contrast.precision(dtype),
+        "PRECISION": problem.precision(dtype),
     }
     given = {
         **common,
@@ -238,7 +239,7 @@ def backward(arch: int, dtype: torch.dtype, D: int, use: str) -> Variant:
         "inv_temperature": NUMBER,
         **dict.fromkeys(("B", "K"), COUNT),
         "D": WIDTH,
-        "PRECISION": contrast.precision(dtype),
+        "PRECISION": problem.precision(dtype),
         **tiles.bank_contrast_backward(arch, dtype, D),
     }
     kernel = bank_contrast_backward.bank_contrast_backward_kernel
@@ -286,7 +287,7 @@ def others(arch: int, D: int) -> Iterator[Variant]:
             "NCE": NCE,
             "NORMALIZE": NORMALIZE,
             "T_ON_DEVICE": T_ON_DEVICE,
-            **contrast.combine_tile(D, splits),
+            **problem.combine_tile(D, splits),
         }
         if T_ON_DEVICE:
             given["inv_temperature"] = pointer(FLOAT)
@@ -302,7 +303,7 @@ def others(arch: int, D: int) -> Iterator[Variant]:
             "D": WIDTH,
             "HAS_LABELS": True,
             "SORTED": SORTED,
-            **contrast.prepare_tile(D),
+            **problem.prepare_tile(D),
         }
         name = _name("prepare", f"D={D}", "labels sorted" if SORTED else "labels compared")
         yield _variant("bank_contrast", name, arch, contrast.prepare_kernel, given)

@@ -116,7 +116,7 @@ def restore_fp32_precision():
 
 @pytest.mark.usefixtures("restore_fp32_precision")
 def test_tf32_is_asked_for_by_either_interface():
-    from codir_fast.kernels.contrast import precision
+    from codir_fast.kernels.problem import precision
 
     matmul = torch.backends.cuda.matmul
     assert precision(FLOAT) == "tf32x3"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from codir_fast.kernels import tiles
 from codir_fast.kernels.bank_contrast import bank_contrast
 from codir_fast.kernels.bank_contrast_backward import bank_contrast_backward
-from codir_fast.kernels.contrast import Problem
+from codir_fast.kernels.problem import Problem
 
 from codir_fast import reference
 
