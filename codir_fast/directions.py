@@ -19,7 +19,8 @@ from codir_fast.negatives import ChosenNegatives, Negatives, as_rows, choose_neg
 from codir_fast.ops.bank_contrast import bank_contrast
 from codir_fast.ops.contrast import compute_dtype
 from codir_fast.ops.indexed_contrast import indexed_contrast
-from codir_fast.sharded_contrast import Direction, Objective, sharded_losses
+from codir_fast.sharded_contrast import sharded_losses
+from codir_fast.sharded_passes import Direction, Objective
 from codir_fast.sharding import GlobalBatch
 
 # labels, negative_labels, negative_index, exclude_index

@@ -48,7 +48,8 @@ from codir_fast.loss_arguments import (
 from codir_fast.negatives import Negatives, choose_negatives
 from codir_fast.ops.contrast import PreparedPair
 from codir_fast.partial_sums import PartialSums, combine_partial_sums
-from codir_fast.sharded_contrast import Objective, positive_sums, scan
+from codir_fast.sharded_contrast import positive_sums, scan
+from codir_fast.sharded_passes import Objective
 from codir_fast.sharding import GlobalBatch, Shard
 
 __all__ = [
