@@ -29,6 +29,7 @@ LEVELS = {
     "loss_arguments": 3,
     "global_batch": 3,
     "sharded_contrast": 3,
+    "sharded_passes": 3,
     "distributed": 3,
     "memory_bank": 3,
     "pooling": 3,
