@@ -77,6 +77,22 @@ def replaced_files(directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` at the end of the block, whole; after an
+    error nothing has changed.
+
+    Raises:
+        SaveError: the disk is full or fails.
+    """
+    there = _aside(path, UNFINISHED)
+    with _nothing_left_of(there, path):
+        yield there
+        _sync(there)
+        os.replace(there, path)
+        _sync(path.parent)
+
+
+@contextmanager
 def _nothing_left_of(there: Path, wanted: Path) -> Iterator[None]:
     try:
         yield
@@ -207,7 +223,7 @@ def _discard(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink():
+    if path.is_symlink() or path.is_file():
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)

@@ -139,6 +139,10 @@ class LayerContrast(nn.Module):
             self._write(self.bank, z_teacher, examples)
             if self.student_bank is not None:
                 self._write(self.student_bank, z_student, examples)
+        self.forget_waiting()
+
+    def forget_waiting(self) -> None:
+        """Lets go the embeddings that wait for `update_banks`: their step is not taken."""
         self._waiting.clear()
 
     def _write(self, bank: Any, keys: Tensor, examples: Examples) -> None:

@@ -206,4 +206,19 @@ def tokenize_texts(examples: Any, tokenizer: PreTrainedTokenizerBase, max_length
 
     given = examples.column_names or ["text"]  # a stream does not know them
     bar = {"desc": "Tokenize"} if isinstance(examples, Dataset) else {}
-    return examples.map(encode, batched=True, remove_columns=given, **bar)
+    with telling_full_disk():
+        return examples.map(encode, batched=True, remove_columns=given, **bar)
+
+
+@contextmanager
+def telling_full_disk() -> Iterator[None]:
+    """Raises the OSError of a table that datasets could not write: it closes such a file twice, and
+    raises that it was closed.
+    """
+    try:
+        yield
+    except ValueError as error:
+        first = error.__context__
+        if first is None or not is_full(first):
+            raise
+        raise first from None

@@ -58,3 +58,7 @@ class LayerContrasts(nn.Module):
     def update_banks(self) -> None:
         for layer in self._layers():
             layer.update_banks()
+
+    def forget_waiting(self) -> None:
+        for layer in self._layers():
+            layer.forget_waiting()

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, logging
 
+from codir_fast.distillation.encoders import encoder_fault
 from codir_fast.distillation.manifest import is_inside
 from codir_fast.distillation.objectives import check_task
 from codir_fast.errors import UsageError
@@ -27,6 +28,7 @@ OF_WEIGHTS: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
 
 
 def load_tokenizer(flag: str, name: str) -> PreTrainedTokenizerBase:
+    _check_encoder(flag, name)  # before what its tokenizer lacks: that of GPT-2 has no pad token
     tokenizer = _load(flag, name, AutoTokenizer)
     # Without its files, transformers makes an empty one: every word would be unknown.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -57,13 +59,16 @@ def load_config(flag: str, name: str) -> PretrainedConfig:
     return _load(flag, name, AutoConfig)
 
 
+def _check_encoder(flag: str, name: str) -> None:
+    """By the configuration alone: the weights of a decoder may be large."""
+    if fault := encoder_fault(load_config(flag, name)):
+        raise UsageError(f"`{flag}` must be an encoder, {name} {fault}")
+
+
 def load_classifier(flag: str, name: str, **options: Any) -> Any:
     """A sequence classifier; its classifier may be new, where the checkpoint has none."""
-    loaded = _load(flag, name, AutoModelForSequenceClassification, **OF_WEIGHTS, **options)
-    model = loaded[0] if isinstance(loaded, tuple) else loaded
-    if model.config.is_encoder_decoder:
-        raise UsageError(f"`{flag}` must be an encoder, {name} has a decoder too")
-    return loaded
+    _check_encoder(flag, name)
+    return _load(flag, name, AutoModelForSequenceClassification, **OF_WEIGHTS, **options)
 
 
 def load_new_classifier(flag: str, name: str, **options: Any) -> PreTrainedModel:
@@ -112,6 +117,7 @@ def load_encoder(flag: str, name: str) -> PreTrainedModel:
     """The layers of a model of any task, all of whose weights come from the checkpoint; a pooler
     may be new, which no hidden state depends on.
     """
+    _check_encoder(flag, name)
     model, report = _load(flag, name, AutoModel, **OF_WEIGHTS, output_loading_info=True)
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if missing:
@@ -152,6 +158,7 @@ def check_index(directory: Path) -> None:
 
 def load_masked_lm(flag: str, name: str) -> tuple[PreTrainedModel, list[str]]:
     """A masked language model, and which of its weights are new: not in the checkpoint."""
+    _check_encoder(flag, name)
     model, report = _load(flag, name, AutoModelForMaskedLM, **OF_WEIGHTS, output_loading_info=True)
     _check_layers(flag, name, model, report)
     return model, sorted(report["missing_keys"])

@@ -9,11 +9,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr
 from dataclasses import asdict
-from itertools import islice
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from codir_fast.distillation import distill
+from codir_fast.distillation.checkpoint import replaced_file
 from codir_fast.distillation.data import (
     read_file,
     select_columns,
@@ -42,8 +41,9 @@ from codir_fast.distillation.study_plan import (
     runs_of,
     trials_of,
 )
+from codir_fast.distillation.study_processes import in_processes
 from codir_fast.distillation.study_report import Line, write_report
-from codir_fast.errors import Diverged, SaveError, UsageError
+from codir_fast.errors import Diverged, SaveError, UsageError, is_full
 
 RUNS, TRIALS, LOGITS, WORK = "runs.jsonl", "trials.jsonl", "logits", "work"
 
@@ -67,8 +67,7 @@ def run(arguments: list[str]) -> int:
         results = _results(study, missing, output, teacher, options.jobs)
         add_lines(lines, tqdm(results, "Study", len(missing), unit="run"))
     rows = lines_of([(task, task.key(inputs)) for task in tasks], read_lines(lines))
-    reference = options.reference or study.reference
-    print(write_report(rows, reference, output, trials=options.trials))
+    print(write_report(rows, _reference(options, study), output, trials=options.trials))
     return 0
 
 
@@ -89,7 +88,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         raise UsageError(f"study: `jobs` must be at least 1, got {options.jobs}")
+    if options.trials and options.reference is not None:
+        raise UsageError(
+            "study: `reference` has no meaning beside `trials`, whose table has no differences"
+        )
     return options
+
+
+def _reference(options: argparse.Namespace, study: Study) -> str:
+    return study.reference if options.reference is None else options.reference
 
 
 def _wanted(options: argparse.Namespace, study: Study, tasks: list[Run]) -> list[Run]:
@@ -99,7 +106,7 @@ def _wanted(options: argparse.Namespace, study: Study, tasks: list[Run]) -> list
         raise UsageError(f"study: there is nothing to run in {options.config}: it needs {needed}")
     _check_names("regimes", options.regimes, [task.regime for task in tasks])
     _check_names("arms", options.arms, [task.arm for task in tasks])
-    _check_names("reference", [options.reference or study.reference], study.arms)
+    _check_names("reference", [_reference(options, study)], study.arms)
     return [
         task
         for task in tasks
@@ -153,27 +160,14 @@ def _results(
     study: Study, missing: dict[str, Run], output: Path, teacher: Path, jobs: int
 ) -> Iterator[Line]:
     """Lines of runs, as they are done; once one has failed, those of the runs beside it."""
-    if jobs == 1:
-        for key, task in missing.items():
-            yield distil(study, task, key, output, teacher)
-        return
-    threads = max(1, torch.get_num_threads() // jobs)
-    # Spawned: a fork after torch has started its threads may hang.
-    context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
-        # No more than can run: the pool would start those that wait even after a failure.
-        start = (pool.submit(distil, study, missing[k], k, output, teacher) for k in missing)
-        running, failure = set(islice(start, jobs)), None
-        while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                failure = failure or future.exception()
-                if future.exception() is None:
-                    yield future.result()
-            if failure is None:
-                running |= set(islice(start, len(done)))
-        if failure is not None:
-            raise failure
+    calls = [
+        (f"study: {task}", partial(distil, study, task, key, output, teacher))
+        for key, task in missing.items()
+    ]
+    if jobs > 1:
+        yield from in_processes(calls, jobs)
+    else:
+        yield from (call() for _, call in calls)
 
 
 def distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> Line:
@@ -182,6 +176,10 @@ def distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> Li
         return _distil(study, task, key, output, teacher)
     except (UsageError, SaveError, Diverged) as error:
         raise type(error)(f"study: {task}: {error}") from error
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise SaveError(f"study: {task}: {error}") from error
 
 
 def _distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> Line:
@@ -208,9 +206,8 @@ def _distil(study: Study, task: Run, key: str, output: Path, teacher: Path) -> L
     }
     if fault := fault_of(line):
         raise Diverged(fault)
-    save_file(
-        {name: rows for name, (rows, _) in logits.items()}, output / LOGITS / f"{key}.safetensors"
-    )
+    with replaced_file(output / LOGITS / f"{key}.safetensors") as file:
+        save_file({name: rows for name, (rows, _) in logits.items()}, file)
     shutil.rmtree(folder)
     return line
 
@@ -270,7 +267,7 @@ def _teacher_logits(study: Study, inputs: str, output: Path) -> Path:
     path = output / LOGITS / f"teacher-{digest.hexdigest()[:16]}.safetensors"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({name: classify(study.teacher, study, name)[0] for name in SPLITS}, partial)
-        partial.replace(path)
+        logits = {name: classify(study.teacher, study, name)[0] for name in SPLITS}
+        with replaced_file(path) as file:
+            save_file(logits, file)
     return path

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from codir_fast.distillation.study_plan import SPLITS, Run
 from codir_fast.distillation.study_report import METRICS, Line
-from codir_fast.errors import UsageError
+from codir_fast.errors import SaveError, UsageError
 
 # What every line has, beside scores.
 FIELDS = {
@@ -65,15 +65,22 @@ def fault_of(line: Any) -> str | None:
 
 
 def add_lines(path: Path, lines: Iterable[Line]) -> None:
-    """Writes each line as it comes, in place of a last one that an earlier call did not finish."""
-    if path.is_file():
-        content = path.read_bytes()
-        with path.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
-    with path.open("a", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-            file.flush()
+    """Writes each line as it comes, in place of a last one that an earlier call did not finish.
+
+    Raises:
+        SaveError: the disk is full or fails.
+    """
+    path.touch()
+    content = path.read_bytes()
+    with path.open("r+b") as file:
+        file.truncate(content.rfind(b"\n") + 1)
+    for line in lines:
+        text = json.dumps(line, allow_nan=False) + "\n"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise SaveError(f"study: {path} can't be written: {error}") from error
 
 
 def lines_of(runs: Iterable[tuple[Run, str]], lines: Iterable[Line]) -> list[Line]:

@@ -13,6 +13,7 @@ from codir_fast.distillation.arguments import TextArguments
 from codir_fast.errors import UsageError
 
 SPLITS = ("validation", "test")
+LONGEST_NAME = 60  # of an arm or a regime; file systems take 255 bytes, a character has up to 4
 OF_TEXTS = {field.name for field in fields(TextArguments)}
 # Flags of distill that are no settings of a run, and why: a study gives them itself, or judges its
 # runs otherwise.
@@ -100,8 +101,7 @@ class Study:
         """Where settings of some runs stand, and what stands there."""
         for group in ("regimes", "arms", "trials"):
             for name in getattr(self, group):
-                if not isinstance(name, str):
-                    raise ValueError(f"`{group}` must have names that are text, got {name!r}")
+                _check_name(group, name)
         for group in ("regimes", "arms"):
             for name, settings in getattr(self, group).items():
                 yield group, repr(name), settings
@@ -115,6 +115,18 @@ class Study:
         """How texts are read, by runs and when they are judged."""
         given = {name: self.settings[name] for name in OF_TEXTS & self.settings.keys()}
         return TextArguments(**given)
+
+
+def _check_name(group: str, name: Any) -> None:
+    """Refuses what can't be part of a file's name, or stand in a line of the table."""
+    if not isinstance(name, str):
+        raise ValueError(f"`{group}` must have names that are text, got {name!r}")
+    is_path = "/" in name or name in (".", "..")
+    if is_path or not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"`{group}` must have names of 1 to {LONGEST_NAME} characters that are no paths, as "
+            f"files are named by them, got {name!r}"
+        )
 
 
 def _check_settings(place: str, settings: dict[Any, Any]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from codir_fast.distillation.checkpoint import replaced_file
 from codir_fast.distillation.report.pictures import COLOURS, plt, save
 
 Line = dict[str, Any]
@@ -63,9 +64,8 @@ def write_report(lines: list[Line], reference: str, output: Path, *, trials: boo
 
 
 def _write(path: Path, text: str) -> str:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with replaced_file(path) as file:
+        file.write_text(text, encoding="utf-8")
     return text
 
 
@@ -159,4 +159,5 @@ def plot_differences(lines: list[Line], reference: str, path: Path) -> None:
         axis.set_title(f"{title}, {'more' if more else 'less'} is better", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
     figure.suptitle(f"Difference to {reference}, 95 % intervals; green: better than it")
-    save(figure, path)
+    with replaced_file(path) as file:
+        save(figure, file)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from codir_fast.distillation.arguments import say
+from codir_fast.distillation.data import telling_full_disk
 from codir_fast.distillation.fingerprint import INPUTS, canonical, hash_tokens, hash_weights
 from codir_fast.distillation.manifest import verify, write_manifest
 from codir_fast.distillation.model import DistillationModel
@@ -148,17 +149,18 @@ def _make(folder: Path, parts: dict[str, Any], tokens: Dataset, outputs: _Output
         features = {
             name: List(Value("float32"), length=values.shape[1]) for name, values in sample.items()
         }
-        tokens.map(
-            outputs,
-            batched=True,
-            batch_size=BATCHES_TOGETHER * outputs.batch_size,
-            remove_columns=tokens.column_names,
-            features=Features(features),
-            cache_file_name=str(partial / OUTPUTS),
-            load_from_cache_file=False,
-            new_fingerprint=folder.name,  # else datasets pickles the teacher to find one
-            desc="Teacher",
-        )
+        with telling_full_disk():
+            tokens.map(
+                outputs,
+                batched=True,
+                batch_size=BATCHES_TOGETHER * outputs.batch_size,
+                remove_columns=tokens.column_names,
+                features=Features(features),
+                cache_file_name=str(partial / OUTPUTS),
+                load_from_cache_file=False,
+                new_fingerprint=folder.name,  # else datasets pickles the teacher to find one
+                desc="Teacher",
+            )
         (partial / MADE_FROM).write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
         write_manifest(partial, 0)
         _put(partial, folder, parts)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from codir_fast.bank_rows import SHARD_MARK
 from codir_fast.distillation.config import LayerConfig
 from codir_fast.distillation.contrast import LayerContrast
+from codir_fast.distillation.encoders import encoder_fault
 from codir_fast.distillation.fingerprint import INPUTS, hash_weights
 from codir_fast.distillation.layer_contrasts import LayerContrasts
 from codir_fast.distillation.layer_mapping import layer_pairs
@@ -47,6 +48,9 @@ class TeacherStudent(nn.Module):
         new_contrast: Callable[[tuple[int, int]], LayerContrast],
     ) -> None:
         super().__init__()
+        for name, side in (("student", student), ("teacher", teacher)):
+            if side is not None and (fault := encoder_fault(side.config)):
+                raise ValueError(f"`{name}` must be an encoder, {type(side).__name__} {fault}")
         self.distillation_config = config
         self.student = student
         if teacher is None and (self.sees_layers or config.kd_weight > 0):
@@ -200,6 +204,11 @@ class TeacherStudent(nn.Module):
         """
         if self.distillation_config.codir_weight > 0:
             self.contrast.update_banks()
+
+    def forget_waiting(self) -> None:
+        """Lets go what waits for `update_bank`, of a batch whose step is not taken."""
+        if self.distillation_config.codir_weight > 0:
+            self.contrast.forget_waiting()
 
     def distillation_state(self) -> dict[str, Tensor]:
         """Heads and bank: all of state_dict() that is not the student. A bank that ranks share is

@@ -75,6 +75,15 @@ class DistillationTrainer(ResumableTrainer):
             model.fit_features(self._feature_batches())
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _update_auto_batch_size(self, batch_size: int) -> None:
+        """Each try of `auto_find_batch_size` starts here. The one before may have ended in the
+        middle of a step, whose embeddings and terms are of no batch of this one.
+        """
+        super()._update_auto_batch_size(batch_size)
+        self._module().forget_waiting()
+        self._sums.clear()
+        self._count = 0
+
     def _feature_batches(self) -> Iterator[dict[str, Any]]:
         """Batches of the training examples that features are standardised over."""
         # The loader for evaluation would be kept, with its workers, and evaluated on from then on.

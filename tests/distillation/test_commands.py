@@ -1,12 +1,12 @@
 """finetune, distill and evaluate as a user calls them, and every error as one line."""
 
 import json
-import resource
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_checkpoint import files_up_to
 from tiny import make_tokenizer, tiny_config, write_examples
 from transformers import (
     AutoModelForSequenceClassification,
@@ -16,9 +16,15 @@ from transformers import (
 )
 
 from codir_fast.cli import main
-from codir_fast.distillation.arguments import TextArguments
+from codir_fast.distillation.arguments import DataArguments, TextArguments
 from codir_fast.distillation.config import PRESETS
-from codir_fast.distillation.data import read_file, select_columns, tokenize
+from codir_fast.distillation.data import (
+    load_examples,
+    read_file,
+    select_columns,
+    tokenize,
+    tokenize_texts,
+)
 
 FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
 
@@ -99,16 +105,22 @@ def test_full_disk_beneath_the_texts_is_told(folder, tmp_path, capsys):
     write_examples(tmp_path / "many.csv", 3000, seed=5)
     flags = ["--model_name_or_path", str(folder / "teacher"), "--output_dir", str(tmp_path / "out")]
     given = ["finetune", *flags, "--train_file", str(tmp_path / "many.csv"), *FAST]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for size in (4_000, 100_000):  # less than the texts take, and than the tokens
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
+        with files_up_to(size):
             assert main(given) == 1
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         shown = capsys.readouterr().err
         assert "File too large" in shown and "Traceback" not in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_beneath_few_tokens_is_told(tmp_path, capsys):
+    """datasets has all of them in a buffer, and can't close their file. (Without capsys, the bar
+    would go into a file, which would be limited too.)
+    """
+    write_examples(tmp_path / "few.csv", 48, seed=6)
+    examples, _ = load_examples(DataArguments(train_file=str(tmp_path / "few.csv")), seed=0)
+    with files_up_to(100), pytest.raises(OSError, match="File too large"):
+        tokenize_texts(examples, make_tokenizer(), 16)
 
 
 def test_finetuning_keeps_the_order_of_the_checkpoint_s_classes(folder, tmp_path):

@@ -1,7 +1,9 @@
 """codir-fast study: runs are made once and told apart; tables follow from the lines."""
 
 import json
+import os
 import re
+import signal
 from datetime import date
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_checkpoint import files_up_to
 from tiny import write_examples
 
 from codir_fast.cli import main
@@ -283,6 +286,86 @@ def test_what_ends_a_run_keeps_its_exit_code(study, tmp_path, capsys, monkeypatc
     assert error == "codir-fast: error: study: arm ce_kd, regime few, seed 10: it ended"
 
 
+def distil_or_die(study, task, key, output, teacher):
+    """In place of study.distil, in a process of its own."""
+    if task.arm == "paper":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return a_line(key, task.arm, task.regime, task.seed, task.settings)
+
+
+def test_a_process_that_dies_is_told_and_the_others_are_kept(study, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study_module, "distil", distil_or_die)
+    assert main(command(study, tmp_path, "--jobs", "2")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(
+        "codir-fast: error: study: arm paper, regime few, seed 1[01]: its process ended before the "
+        "run was done, .*; runs that are done are kept, the next call goes on",
+        error,
+    )
+    kept = read_lines(tmp_path / "out" / "runs.jsonl")
+    assert kept[0]["seed"] == 10 and {line["arm"] for line in kept} == {"ce_kd"}
+    monkeypatch.setattr(study_module, "distil", lambda _, task, key, *__: a_line(key, task.arm))
+    assert main(command(study, tmp_path, "--arms", "paper")) == 0
+    assert read_lines(tmp_path / "out" / "runs.jsonl")[: len(kept)] == kept
+
+
+# What has no room on the disk -> what the line says.
+FULL = {
+    "the teacher's logits": "logits/teacher-",
+    "a run's logits": "study: arm ce_kd, regime few, seed 10: ",
+}
+
+
+@pytest.mark.parametrize("number, name", list(enumerate(FULL)))
+def test_a_full_disk_leaves_no_half_of_the_logits(
+    study, tmp_path, capsys, monkeypatch, number, name
+):
+    saved = []
+
+    def save(tensors, path):
+        saved.append(path)
+        with files_up_to(100 if len(saved) > number else 10**9):
+            save_file(tensors, path)
+
+    monkeypatch.setattr(study_module, "save_file", save)
+    assert main(command(study, tmp_path, "--arms", "ce_kd")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("codir-fast: error: ") and FULL[name] in error
+    assert ".safetensors can't be written: " in error and "os error 27" in error
+    logits = tmp_path / "out" / "logits"
+    assert len(list(logits.iterdir())) == number  # the teacher's are whole
+    monkeypatch.setattr(study_module, "save_file", save_file)
+    assert main(command(study, tmp_path, "--arms", "ce_kd")) == 0
+    assert len(list(logits.iterdir())) == 3
+    for path in logits.iterdir():
+        assert load_file(path)["test"].shape == (30, 2)
+
+
+def test_a_full_disk_names_the_file(study, tmp_path, capsys, made):
+    """Lines of before stay; what there is of another one is none, and its run is made again."""
+    out, one_arm = tmp_path / "out", ["--arms", "ce_kd"]
+
+    def fails(size, name, *flags):
+        given = command(study, tmp_path, *flags)
+        with files_up_to(size):
+            assert main(given) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"{out / name} can't be written: " in error and "File too large" in error
+
+    assert main(command(study, tmp_path, *one_arm)) == 0
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    kept = read_lines(out / "runs.jsonl")
+    fails(10, "table.md", *one_arm)
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    fails(len(before[out / "runs.jsonl"]) + 100, "runs.jsonl")
+    assert read_lines(out / "runs.jsonl") == kept
+    assert main(command(study, tmp_path)) == 0
+    assert len(made) == 5 and len(read_lines(out / "runs.jsonl")) == 4
+    picture = (out / "differences-few.png").read_bytes()
+    fails(100, "differences-few.png")
+    assert (out / "differences-few.png").read_bytes() == picture
+
+
 def test_trials_and_jobs(study, tmp_path, capsys):
     assert main(command(study, tmp_path, "--trials", "--jobs", "2")) == 0
     lines = read_lines(tmp_path / "out" / "trials.jsonl")
@@ -337,6 +420,18 @@ ERRORS = {
     "a date": ({"settings": {"text_column": date(2020, 1, 1)}}, "must hold texts, numbers and"),
     "infinite": ({"regimes": {"few": {"temperature": float("inf")}}}, "must hold texts, numbers"),
     "number for an arm": ({"arms": {1: {}}}, "`arms` must have names that are text, got 1"),
+    "a regime that is a path": (
+        {"regimes": {"a/b": {}}, "trial_regime": "a/b"},
+        "`regimes` must have names of 1 to 60 characters that are no paths, as files are named "
+        "by them, got 'a/b'",
+    ),
+    "a regime above": ({"regimes": {"few": {}, "..": {}}}, "characters that are no paths"),
+    "an arm that is a path": ({"arms": {"ce_kd": {}, "/tmp": {}}}, "no paths, as files are named"),
+    "an empty regime": ({"regimes": {"few": {}, "": {}}}, "`regimes` must have names of 1 to 60"),
+    "an empty arm": ({"arms": {"ce_kd": {}, " ": {}}}, "`arms` must have names of 1 to 60 char"),
+    "trials of a path": ({"trials": {"a/b": [{}]}}, "`trials` must have names of 1 to 60 char"),
+    "two lines": ({"arms": {"ce_kd": {}, "a\nb": {}}}, "`arms` must have names of 1 to 60"),
+    "a long regime": ({"regimes": {"few": {}, "x" * 61: {}}}, "`regimes` must have names of 1 to"),
     "no runs": ({"seeds": []}, "it needs `arms`, `regimes` and `seeds`"),
 }
 
@@ -400,11 +495,15 @@ def test_flags_of_a_study_are_checked(study, tmp_path, capsys):
         (["--regimes", "many"], "`regimes` must be of ['few'], got 'many'"),
         (["--arms", "mine"], "`arms` must be of ['ce_kd', 'paper'], got 'mine'"),
         (["--reference", "mine"], "`reference` must be of ['ce_kd', 'paper'], got 'mine'"),
+        (["--reference", ""], "`reference` must be of ['ce_kd', 'paper'], got ''"),
+        (["--trials", "--reference", "paper"], "`reference` has no meaning beside `trials`"),
         (["--trials", "--arms", "ce_kd"], "`arms` must be of ['paper'], got 'ce_kd'"),
         (["--speed"], "unrecognized arguments: --speed"),
     ):
         assert main(command(study, tmp_path, *flags)) == 2
-        assert message in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_scores_are_their_formulas():

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from test_checkpoint import files_up_to
 from tiny import make_tokenizer, tiny_config, write_examples
 from transformers import BertForSequenceClassification
 
@@ -224,6 +225,27 @@ def test_evaluation_runs_beside_a_cache(folder, tmp_path):
     command += ["--cache_teacher", "True", "--teacher_cache_dir", str(tmp_path / "cache")]
     assert main(command) == 0
     assert "eval_accuracy" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+
+# Two ways in which datasets fails: its file can't be written, and can't be closed.
+@pytest.mark.parametrize("size", [1_000, 3_800])
+def test_full_disk_leaves_no_half_of_a_cache(folder, tmp_path, capsys, monkeypatch, size):
+    def limited(*args, **kwargs):
+        with files_up_to(size):
+            return with_teacher_outputs(*args, **kwargs)
+
+    command = ["distill", "--teacher", str(folder / "teacher"), "--student_layers", "2"]
+    command += ["--train_file", str(folder / "train.csv"), "--output_dir", str(tmp_path / "out")]
+    command += ["--cache_teacher", "True", "--teacher_cache_dir", str(tmp_path / "cache")]
+    command += ["--use_cpu", "--max_steps", "1", "--save_strategy", "no"]
+    monkeypatch.setattr("codir_fast.distillation.distill.with_teacher_outputs", limited)
+    assert main(command) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"codir-fast: error: `teacher_cache_dir` {tmp_path / 'cache'} can't be written" in error
+    assert "File too large" in error
+    assert folders(tmp_path / "cache") == [] and not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert main(command) == 0
 
 
 @pytest.mark.parametrize(
