@@ -122,8 +122,8 @@ test-gpu: gpu $(GPU_BUILD)/.installed
 	  printf %s "-n $(WORKERS) --max-worker-restart $(WORKERS)"); set -x; \
 	$(if $(REST)$(SANITIZE),,$(call gpu_part,120,test_sanitizer.py); \
 	$(call gpu_part,180,test_named_shapes.py); \
-	$(call gpu_part,120,test_cuda.py);) \
-	$(if $(QUICK)$(SANITIZE),,$(call gpu_part,120,test_loss.py test_launches.py test_pool_and_update.py); \
+	$(call gpu_part,150,test_cuda.py test_loss.py);) \
+	$(if $(QUICK)$(SANITIZE),,$(call gpu_part,120,test_launches.py test_pool_and_update.py); \
 	$(call gpu_part,300,test_contrast.py);) \
 	$(if $(QUICK)$(REST),,if $(SANITIZER) $(MEMCHECK) $(THEIR_PYTHON) -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; then \
 	  $(call gpu_sanitize,$(MEMCHECK)); \
@@ -133,7 +133,7 @@ test-gpu: gpu $(GPU_BUILD)/.installed
 	set +x; [ -z "$$failed" ] || { echo "test-gpu: failed or out of time$$failed; see $(GPU_OUT)/tests.jsonl" >&2; exit 1; }
 
 # Quick: ours and what any user would write, at each shape.
-QUICK_BENCH := --peers codir_fast-triton codir_fast-triton-graph codir_fast-cuda-graph eager --budget 0.2
+QUICK_BENCH := --peers codir_fast-triton codir_fast-triton-graph codir_fast-cuda-graph eager eager-graph --budget 0.2
 BENCH_SECONDS := 480
 # All is compiled first, by several processes; then the named shapes are timed, and after them the
 # curve, each written at once. Nothing compiles any more then: what takes half a minute hangs.

@@ -172,11 +172,27 @@ def _eager(inputs: Inputs) -> Run:
     return with_gradient(inputs, lambda: _cross_entropy(*vectors))
 
 
+@peer(
+    "eager-graph",
+    "eager, replayed as a CUDA graph",
+    copies=4,
+    gpu_only=True,
+    compiles=False,
+)
+def _eager_graph(inputs: Inputs) -> Run:
+    return replayed(_eager(inputs))
+
+
 @peer("compile", "torch.compile of eager", copies=3)
 def _compiled(inputs: Inputs) -> Run:
     torch.compiler.reset()
     loss = torch.compile(_cross_entropy, dynamic=False, fullgraph=True)
     return with_gradient(inputs, lambda: loss(inputs.query, inputs.positive, inputs.bank))
+
+
+@peer("compile-graph", "compile, replayed as a CUDA graph", copies=3, gpu_only=True)
+def _compiled_graph(inputs: Inputs) -> Run:
+    return replayed(_compiled(inputs))
 
 
 @peer(
@@ -187,6 +203,8 @@ def _compiled(inputs: Inputs) -> Run:
     compiles=False,
 )
 def _linear_cross_entropy(inputs: Inputs) -> Run:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise NotImplementedError(f"torch {torch.__version__} has no linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
     targets = torch.arange(len(inputs.query))
 

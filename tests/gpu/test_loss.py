@@ -1,4 +1,4 @@
-"""contrastive_loss as users call it, on a GPU."""
+"""contrastive_loss as users call it, on a GPU, and the unit rows that it makes."""
 
 import itertools
 
@@ -9,11 +9,13 @@ from cases import EPSILON
 
 import codir_fast
 from codir_fast.functional import contrastive_loss
+from codir_fast.ops.unit_rows import unit_rows
 
 B, D, TEMPERATURE = 150, 64, 0.1
 HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (*HALVES, torch.float32)
 RUNS = [
-    *itertools.product(("triton", "torch"), (*HALVES, torch.float32)),
+    *itertools.product(("triton", "torch"), FLOATS),
     *itertools.product(("cuda",), HALVES),  # it takes no other
 ]
 
@@ -89,3 +91,26 @@ def test_queue_and_loss_by_default(device):
         mirror.enqueue(key, labels)
     torch.testing.assert_close(queue.keys.cpu(), mirror.keys)
     assert queue.is_full and torch.equal(queue.labels.cpu(), mirror.labels)
+
+
+@pytest.mark.parametrize(("N", "D"), [(1, 1), (70, 31), (5000, 128), (3, 4096)])
+@pytest.mark.parametrize(
+    ("dtype", "out"), [*itertools.product(FLOATS, repeat=2), (torch.float64, torch.float64)]
+)
+def test_unit_rows(device, N, D, dtype, out):
+    rows = torch.randn(N, D, device=device).to(dtype)
+    grad = torch.randn(N, D, device=device).to(out)
+    rows[N // 2] = 0 if dtype in (torch.float32, torch.float64) else rows[N // 2]
+    found = []
+    for function, leaf in (
+        (lambda x: unit_rows(x, out), rows.detach().clone()),
+        (lambda x: F.normalize(x, dim=1), rows.double().clone()),
+    ):
+        unit = function(leaf.requires_grad_())
+        found.append((unit.detach(), *torch.autograd.grad(unit, leaf, grad.to(unit.dtype))))
+    length = torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True).clamp_min(1e-12)
+    # Where a row has one element, its gradient is nothing but what is lost.
+    scales = (1.0, grad.double().abs().amax(1, keepdim=True) / length)
+    for ours, exact, scale in zip(*found, scales, strict=True):
+        error = float(((ours.double() - exact) / scale).abs().max())
+        assert error <= 4 * max(EPSILON.get(x, 1e-13) for x in (dtype, out))

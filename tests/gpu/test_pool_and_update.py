@@ -1,15 +1,13 @@
-"""masked_pool and bank_update on a GPU, by backend; unit rows."""
+"""masked_pool and bank_update on a GPU, by backend."""
 
 import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import codir_fast
 from codir_fast import reference
 from codir_fast.ops.bank_update import bank_update
-from codir_fast.ops.unit_rows import unit_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EPSILON = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3, torch.float64: 1e-12}
@@ -61,26 +59,3 @@ def test_bank_update(device, dtype, D, with_filled, momentum):
     bank_update(*on_device[:3], momentum, on_device[3], backend="triton")
     torch.testing.assert_close(on_device[0].cpu(), bank, rtol=0, atol=EPSILON[dtype])
     assert filled is None or torch.equal(on_device[3].cpu(), filled)
-
-
-@pytest.mark.parametrize(("N", "D"), [(1, 1), (70, 31), (5000, 128), (3, 4096)])
-@pytest.mark.parametrize(
-    ("dtype", "out"), [*itertools.product(DTYPES[:3], repeat=2), (torch.float64, torch.float64)]
-)
-def test_unit_rows(device, N, D, dtype, out):
-    rows = torch.randn(N, D, device=device).to(dtype)
-    grad = torch.randn(N, D, device=device).to(out)
-    rows[N // 2] = 0 if dtype in (torch.float32, torch.float64) else rows[N // 2]
-    found = []
-    for function, leaf in (
-        (lambda x: unit_rows(x, out), rows.detach().clone()),
-        (lambda x: F.normalize(x, dim=1), rows.double().clone()),
-    ):
-        unit = function(leaf.requires_grad_())
-        found.append((unit.detach(), *torch.autograd.grad(unit, leaf, grad.to(unit.dtype))))
-    length = torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True).clamp_min(1e-12)
-    # Where a row has one element, its gradient is nothing but what is lost.
-    scales = (1.0, grad.double().abs().amax(1, keepdim=True) / length)
-    for ours, exact, scale in zip(*found, scales, strict=True):
-        error = float(((ours.double() - exact) / scale).abs().max())
-        assert error <= max(EPSILON[dtype], EPSILON[out])
