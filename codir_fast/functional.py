@@ -20,7 +20,7 @@ from codir_fast.loss_arguments import (
     prepare,
 )
 from codir_fast.negatives import Negatives
-from codir_fast.ops.contrast import reduced
+from codir_fast.ops.contrast_autograd import reduced
 from codir_fast.sharded_contrast import gather_numbers
 from codir_fast.sharded_passes import Direction, Objective
 from codir_fast.sharding import GlobalBatch

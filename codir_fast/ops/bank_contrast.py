@@ -13,10 +13,10 @@ from codir_fast.ops import registration
 from codir_fast.ops.contrast import (
     Outputs,
     PreparedPair,
-    add_contrast_backend,
     objective_sums,
     objective_weights,
 )
+from codir_fast.ops.contrast_autograd import add_contrast_backend
 
 # Logits, or bank elements, of one chunk: 1 MiB in float32 stays in a CPU's cache, 16 MiB keeps a
 # GPU busy.

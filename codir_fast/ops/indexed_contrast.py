@@ -13,10 +13,10 @@ from codir_fast.ops import registration
 from codir_fast.ops.contrast import (
     Outputs,
     PreparedPair,
-    add_contrast_backend,
     objective_sums,
     objective_weights,
 )
+from codir_fast.ops.contrast_autograd import add_contrast_backend
 
 # Elements of the rows that one chunk gathers.
 _CHUNK_ELEMENTS = {"cpu": 1 << 18}
