@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from codir_fast.benchmarks.peers.inputs import Inputs, T
-from codir_fast.benchmarks.peers.peer import Peer, Run, adder, with_gradient
+from codir_fast.benchmarks.peers.peer import Peer, Run, adder, replayed, with_gradient
 from torch import Tensor
 
 from codir_fast import ContrastiveLoss
@@ -25,6 +25,15 @@ def _ours(inputs: Inputs) -> Run:
     return with_gradient(inputs, loss)
 
 
+@peer(
+    "codir_fast-graph",
+    "contrastive_loss(negative_index=...), replayed as a CUDA graph",
+    gpu_only=True,
+)
+def _ours_graph(inputs: Inputs) -> Run:
+    return replayed(_ours(inputs))
+
+
 @peer("gathered", "index_select, bmm, as RepDistiller's ContrastMemory", copies=3, compiles=False)
 def _gathered(inputs: Inputs) -> Run:
     B, M = inputs.index.shape
@@ -37,6 +46,17 @@ def _gathered(inputs: Inputs) -> Run:
         return F.cross_entropy(torch.cat([positive, negative], dim=1) / T, targets)
 
     return with_gradient(inputs, loss)
+
+
+@peer(
+    "gathered-graph",
+    "gathered, replayed as a CUDA graph",
+    copies=3,
+    gpu_only=True,
+    compiles=False,
+)
+def _gathered_graph(inputs: Inputs) -> Run:
+    return replayed(_gathered(inputs))
 
 
 @peer("dense", "codir_fast, all K rows instead of M", is_floor=True)
