@@ -103,15 +103,20 @@ $(GPU_BUILD)/.installed: $(BUILD_FILES) $(wildcard codir_fast/*.py codir_fast/*/
 	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(GPU_BUILD) .
 	@touch $@
 
+# At most $(1) seconds of the command $(3) in the environment $(2), and of all that it starts, which
+# Ctrl-C ends too: timeout has taken them out of its reach.
+limited = { $(2) timeout -k 10 $(1) $(3) & pid=$$!; \
+  trap 'kill $$pid; wait $$pid; exit 130' INT TERM; wait $$pid; }
+
 # What a run finds, written as it goes: in benchmarks/results, or where OUT is an absolute path.
 GPU_OUT = $(if $(filter /%,$(OUT)),$(OUT),$(abspath benchmarks/results)/$(or $(OUT),gpu))
-GPU_PYTEST = $(GPU_ENV) CODIR_FAST_GPU_TEST_LOG=$(GPU_OUT)/tests.jsonl timeout -k 10 $(1) \
-  $(2) $(THEIR_PYTHON) -m pytest -q $(3) || failed="$$failed, $(strip $(2) $(3))"
+GPU_PYTEST = $(call limited,$(1),$(GPU_ENV) CODIR_FAST_GPU_TEST_LOG=$(GPU_OUT)/tests.jsonl $(4),\
+  $(2) $(THEIR_PYTHON) -m pytest -q $(3)) || failed="$$failed, $(strip $(2) $(3))"
 # Seconds that a part may take, and its tests.
 gpu_part = $(call GPU_PYTEST,$(1),,$$workers $(2))
 # The address of each allocation is checked only where PyTorch makes no large ones to cut up.
-gpu_sanitize = CODIR_FAST_GPU_TEST_SECONDS=120 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-  $(call GPU_PYTEST,150,$(SANITIZER) $(1),test_sanitizer.py $(2))
+gpu_sanitize = $(call GPU_PYTEST,150,$(SANITIZER) $(1),test_sanitizer.py $(2),\
+  CODIR_FAST_GPU_TEST_SECONDS=120 PYTORCH_NO_CUDA_MEMORY_CACHING=1)
 
 # Kernels compile on first use: several processes share the GPU where pytest-xdist is there, and a
 # new one comes for each that a kernel ended, as often. What tells most comes first: QUICK=1 is that
@@ -138,8 +143,8 @@ BENCH_SECONDS := 480
 # All is compiled first, by several processes; then the named shapes are timed, and after them the
 # curve, each written at once. Nothing compiles any more then: what takes half a minute hangs.
 bench-gpu: gpu $(GPU_BUILD)/.installed
-	cd $(GPU_BUILD) && timeout -k 10 $(BENCH_SECONDS) $(THEIR_PYTHON) -m codir_fast bench --device cuda \
-	  --limit 30 --shape $(or $(SHAPE),all) $(if $(QUICK),$(QUICK_BENCH),--sweep K --budget 0.3) --out $(GPU_OUT) || { code=$$?; \
+	cd $(GPU_BUILD) && $(call limited,$(BENCH_SECONDS),,$(THEIR_PYTHON) -m codir_fast bench --device cuda --limit 30 \
+	  --shape $(or $(SHAPE),all) $(if $(QUICK),$(QUICK_BENCH),--sweep K --budget 0.3) --out $(GPU_OUT)) || { code=$$?; \
 	  [ $$code -ne 124 ] || echo "bench-gpu: out of time; what was timed until then is in $(GPU_OUT)" >&2; exit $$code; }
 
 lint: $(VENV)/.packages

@@ -106,7 +106,9 @@ class Isolated:
         except TimeoutError:
             self.close(0)
             return up, {"refused": f"stopped after {self._limit if up else _START:.0f} s"}
-        except (EOFError, OSError):
+        except (EOFError, OSError) as error:
+            if self._process is None:
+                return up, {"refused": f"no process could be started: {error}"}
             self._process.join(10)
             code = self._process.exitcode
             self.close()
@@ -115,6 +117,12 @@ class Isolated:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._link, theirs = context.Pipe()
-        self._process = context.Process(target=self._serve, args=(theirs, self._where))
-        self._process.start()
-        theirs.close()
+        process = context.Process(target=self._serve, args=(theirs, self._where))
+        try:
+            process.start()
+        except OSError:  # the system has no room for one more
+            self._link.close()
+            raise
+        finally:
+            theirs.close()
+        self._process = process

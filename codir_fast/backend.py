@@ -112,6 +112,16 @@ def resolve(op: str, backend: str, tensor: torch.Tensor, rows: Rows = Rows()) ->
     return _remembered(op, backend, inputs, rows)
 
 
+def runs_triton(backend: str, tensor: torch.Tensor) -> bool:
+    """Whether Triton does what is to be done beside a contrastive operator by this backend, on rows
+    like this tensor: for its own kernels and for the hand-written ones, on a GPU.
+    """
+    if tensor.device.type != "cuda":
+        return False
+    name = resolve("bank_contrast", backend, tensor)
+    return name == "triton" or (name == "cuda" and _has_triton())
+
+
 class _Inputs(NamedTuple):
     """What matters of them: where they are, and the width of an embedding."""
 

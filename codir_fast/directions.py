@@ -15,7 +15,13 @@ from codir_fast.loss_arguments import (
     prepare,
     product_dtype,
 )
-from codir_fast.negatives import ChosenNegatives, Negatives, as_rows, choose_negatives
+from codir_fast.negatives import (
+    ChosenNegatives,
+    Negatives,
+    RowForm,
+    as_rows,
+    choose_negatives,
+)
 from codir_fast.ops.bank_contrast import bank_contrast
 from codir_fast.ops.contrast import compute_dtype
 from codir_fast.ops.indexed_contrast import indexed_contrast
@@ -46,12 +52,13 @@ def arrange(
     # split over ranks, or they are needed so several times.
     several_times = negative_keys is None or symmetric
     raw = dtype != wide or (normalize and not (several_times or is_split_nce))
-    q, p = (query, positive_key) if raw else prepare(query, positive_key, normalize)
+    q, p = (query, positive_key) if raw else prepare(query, positive_key, normalize, backend)
     by_operator = normalize and raw
-    serve = partial(as_rows, normalize=by_operator, dtype=dtype)  # as negatives in-batch
+    serve = partial(as_rows, form=RowForm(by_operator, dtype, backend))  # as negatives in-batch
     inv_temperature = inverse_temperature(temperature, query)
     key = serve(p) if negative_keys is None else p
-    negatives = choose_negatives(query, key, negative_keys, normalize, dtype, *given, batch)
+    form = RowForm(normalize, dtype, backend)
+    negatives = choose_negatives(query, key, negative_keys, form, *given, batch)
     check_float8(negatives, temperature)
     ways = _both_ways(q, p, negatives, serve if symmetric else None)
     return ways, Objective(inv_temperature, None, 1, 1, by_operator, backend)
@@ -65,6 +72,7 @@ def losses_of(
 ) -> list[Tensor]:
     """The loss (B,) of each direction; reduced where no `batch` of several ranks is."""
     if batch is not None and not directions[0][2].own:
+        assert reduction == "none"
         return sharded_losses(directions, batch, objective)
     return [_loss(*direction, objective, reduction) for direction in directions]
 

@@ -45,7 +45,7 @@ from codir_fast.loss_arguments import (
     product_dtype,
     refuse_picks,
 )
-from codir_fast.negatives import Negatives, choose_negatives
+from codir_fast.negatives import Negatives, RowForm, choose_negatives
 from codir_fast.ops.contrast import PreparedPair
 from codir_fast.partial_sums import PartialSums, combine_partial_sums
 from codir_fast.sharded_contrast import positive_sums, scan
@@ -209,8 +209,8 @@ def partial_sums(
         ranks, num_rows = negative_keys.shard.ranks, len(negative_keys.rows)
         here = GlobalBatch(ranks, (len(query),), 0, num_rows)
     picks = (labels, negative_labels, negative_index, exclude_index)
-    dtype = product_dtype(query, backend)
-    chosen = choose_negatives(query, positive_key, negative_keys, normalize, dtype, *picks, here)
+    form = RowForm(normalize, product_dtype(query, backend), backend)
+    chosen = choose_negatives(query, positive_key, negative_keys, form, *picks, here)
     check_float8(chosen, temperature)
     log_z = None if log_partition is None else as_scalar(log_partition, query)
     inv_temperature = inverse_temperature(temperature, query)

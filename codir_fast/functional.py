@@ -218,7 +218,7 @@ def _log_partition(
     """`objective`: InfoNCE's."""
     per_query, lse = losses_of(directions, objective, batch), []
     for loss, (query, positive, _) in zip(per_query, directions, strict=True):
-        q, p = prepare(query, positive, objective.normalize)
+        q, p = prepare(query, positive, objective.normalize, objective.backend)
         lse.append(loss + (q * p).sum(1) * objective.inv_temperature.to(q.dtype))
     # Where all logits are 0, e^loss is the number of pairs; in double, it is exact: by whatever
     # backend has that.

@@ -18,7 +18,7 @@ from codir_fast.checks import (
     check_tensor,
     is_readable,
 )
-from codir_fast.negatives import ChosenNegatives, as_rows, check_input_dtype
+from codir_fast.negatives import ChosenNegatives, RowForm, as_rows, check_input_dtype
 from codir_fast.ops.contrast import compute_dtype
 
 OBJECTIVES = ("infonce", "nce")
@@ -39,8 +39,6 @@ def check_nce(objective: str, log_partition: float | Tensor | None, num_data: in
             raise ValueError(f'`{name}` needs objective "nce", got {objective!r}')
     if num_data is not None:
         check_count("num_data", num_data)
-        if num_data >= 1 << 63:
-            raise ValueError(f"`num_data` must be below 2^63, got {num_data}")
     if log_partition is not None and not isinstance(log_partition, Tensor):
         _check_log_partition(log_partition)
 
@@ -86,10 +84,12 @@ def _check_log_partition(log_partition: float) -> None:
         raise ValueError(f"`log_partition` must be finite, got {log_partition}")
 
 
-def prepare(query: Tensor, positive_key: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+def prepare(
+    query: Tensor, positive_key: Tensor, normalize: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     """Both in the dtype that the operators compute in, of unit rows if `normalize`."""
-    dtype = compute_dtype(query.dtype)
-    return as_rows(query, normalize, dtype), as_rows(positive_key, normalize, dtype)
+    form = RowForm(normalize, compute_dtype(query.dtype), backend)
+    return as_rows(query, form), as_rows(positive_key, form)
 
 
 def product_dtype(query: Tensor, backend: str) -> torch.dtype:

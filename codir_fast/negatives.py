@@ -1,7 +1,7 @@
 """Where the negatives of the contrastive loss come from, and which count for which query."""
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ from codir_fast.sharding import GlobalBatch
 
 Negatives: TypeAlias = Tensor | MemoryQueue | IndexedBank | None
 _WIDENED = 1 << 18  # elements, 1 MiB in float32
+
+
+class RowForm(NamedTuple):
+    """How vectors become rows that serve as negatives: of unit length if `normalize`, in `dtype`,
+    for an operator by `backend`.
+    """
+
+    normalize: bool
+    dtype: torch.dtype
+    backend: str
 
 
 @dataclass
@@ -69,8 +79,7 @@ def choose_negatives(
     query: Tensor,
     positive: Tensor,
     negative_keys: Negatives,
-    normalize: bool,
-    dtype: torch.dtype,
+    form: RowForm,
     labels: Tensor | None,
     negative_labels: Tensor | None,
     negative_index: Tensor | None,
@@ -78,10 +87,10 @@ def choose_negatives(
     batch: GlobalBatch | None = None,
 ) -> ChosenNegatives:
     """Checks all that picks the negatives; `positive` are the keys, as rows where they serve as
-    negatives. `dtype`: of rows that carry a gradient, if `normalize`. `batch`: of all ranks, where
+    negatives. `form`: of rows that carry a gradient, if normalised. `batch`: of all ranks, where
     negatives are sharded.
     """
-    chosen = _choose_rows(query, positive, negative_keys, normalize, dtype)
+    chosen = _choose_rows(query, positive, negative_keys, form)
     if batch is None and isinstance(negative_keys, (MemoryQueue, IndexedBank)):
         _check_whole(negative_keys)
     if batch is not None and not chosen.own:
@@ -98,14 +107,10 @@ def choose_negatives(
 
 
 def _choose_rows(
-    query: Tensor,
-    positive: Tensor,
-    negative_keys: Negatives,
-    normalize: bool,
-    dtype: torch.dtype,
+    query: Tensor, positive: Tensor, negative_keys: Negatives, form: RowForm
 ) -> ChosenNegatives:
     if negative_keys is None:
-        return ChosenNegatives(positive, source=None, total=len(positive))
+        return ChosenNegatives(positive, source=None, total=positive.shape[0])
     if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
         rows, scale = negative_keys.rows, negative_keys.row_scale
         _check_bank(query, rows)
@@ -113,31 +118,32 @@ def _choose_rows(
         if scale is not None:
             scale = scale.to(compute_dtype(query.dtype))
         return ChosenNegatives(
-            rows, source=negative_keys, total=len(rows), scale=scale, valid=valid
+            rows, source=negative_keys, total=rows.shape[0], scale=scale, valid=valid
         )
     _check_explicit(query, negative_keys)
-    rows, scale = _explicit(negative_keys.flatten(0, -2), normalize, dtype)
-    chosen = ChosenNegatives(rows, source=negative_keys, total=len(rows), scale=scale)
+    rows, scale = _explicit(negative_keys.flatten(0, -2), form)
+    chosen = ChosenNegatives(rows, source=negative_keys, total=rows.shape[0], scale=scale)
     if chosen.own:
         B, M, _ = negative_keys.shape
         chosen.index = torch.arange(B * M, device=query.device).view(B, M)
     return chosen
 
 
-def as_rows(vectors: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
-    """Vectors (N, D) as negatives, unit rows if `normalize`; the gradient goes on to them."""
-    rows = unit_rows(vectors, dtype) if normalize else vectors.to(dtype)
-    return rows.contiguous()
+def as_rows(vectors: Tensor, form: RowForm) -> Tensor:
+    """Vectors (N, D) as negatives; the gradient goes on to them."""
+    if form.normalize:
+        return unit_rows(vectors, form.dtype, form.backend).contiguous()
+    return vectors.to(form.dtype).contiguous()
 
 
-def _explicit(rows: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _explicit(rows: Tensor, form: RowForm) -> tuple[Tensor, Tensor | None]:
     """Rows, and their factors if any."""
-    if not normalize:
+    if not form.normalize:
         return rows.contiguous(), None
     if rows.requires_grad and torch.is_grad_enabled():
-        return as_rows(rows, normalize, dtype), None
+        return as_rows(rows, form), None
     # Without gradient the kernel scales the rows as it reads them, and no normalised copy is made.
-    return rows.contiguous(), _inverse_norm(rows.detach(), compute_dtype(dtype))
+    return rows.contiguous(), _inverse_norm(rows.detach(), compute_dtype(form.dtype))
 
 
 def _check_index(query: Tensor, index: Tensor, K: int) -> Tensor:

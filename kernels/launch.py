@@ -16,12 +16,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """kernel[grid](*arguments, **constants). `constants` are the kernel's tl.constexpr, which it
     declares after all `arguments`, and options of the compiler. The first argument is a tensor, or
     a tuple of them, on the current device.
+
+    What Triton's knobs say of debugging and instrumentation holds from a kernel's first launch on.
     """
     first = arguments[0]
     device = (first[0] if isinstance(first, tuple) else first).get_device()
     key = (id(kernel), device, *constants.items(), *map(_kind, arguments))
     known = _COMPILED.get(key)
-    if known is None:
+    if known is None or kernel.pre_run_hooks:
         compiled = kernel[grid](*arguments, **constants)
         if isinstance(compiled, CompiledKernel):  # None in the interpreter
             if len(_COMPILED) >= _MOST:
@@ -30,7 +32,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
             _COMPILED[key] = compiled, tuple(constants[name] for name in names)
         return
     compiled, rest = known
-    compiled[(*grid, 1, 1)](*arguments, *rest)
+    compiled[(*grid, 1, 1)[:3]](*arguments, *rest)
 
 
 def _kind(argument: Any) -> Any:

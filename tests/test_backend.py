@@ -224,3 +224,24 @@ def test_loss_and_pooling_pass_the_name_on():
     query = torch.randn(3, 4)
     with pytest.raises(RuntimeError, match="backend 'cuda' can't run bank_contrast on cpu"):
         codir_fast.ContrastiveLoss(backend="cuda")(query, query)
+
+
+def test_triton_beside_a_backend(gpu, monkeypatch):
+    """It makes unit rows for itself and for the hand-written kernels, where it is there."""
+    shown = replace(HALF, shape=(2, 128))
+    assert backend.resolve("bank_contrast", "auto", shown) == "cuda"
+    for name, tensor, expected in (
+        ("auto", shown, True),
+        ("auto", CUDA, True),
+        ("cuda", shown, True),
+        ("triton", HALF, True),
+        ("torch", HALF, False),
+        ("auto", replace(CUDA, dtype=torch.float64), False),
+        ("auto", replace(CUDA, shape=(2, 5000)), False),
+        ("auto", CPU, False),
+    ):
+        assert backend.runs_triton(name, tensor) == expected, (name, tensor)
+    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    forget()
+    assert backend.resolve("bank_contrast", "auto", shown) == "cuda"
+    assert not backend.runs_triton("auto", shown) and not backend.runs_triton("auto", CUDA)

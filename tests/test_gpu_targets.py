@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -23,15 +25,19 @@ def make(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     environment |= {"RECORD": str(record), "OUT": str(tmp_path / "out")}
 
+    # What is built, and that there is a GPU, is taken for granted.
+    flags = ["-C", str(ROOT), "-o", "gpu", "-o", "build/gpu/.installed", f"PYTHON={python}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    def start(*arguments, **options):
+        return subprocess.Popen(["make", *flags, *arguments], env=environment, **pipes, **options)
+
     def run(*arguments):
-        # What is built, and that there is a GPU, is taken for granted.
-        flags = ["-C", str(ROOT), "-o", "gpu", "-o", "build/gpu/.installed", f"PYTHON={python}"]
-        done = subprocess.run(
-            ["make", *flags, *arguments], env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run(["make", *flags, *arguments], env=environment, **pipes)
         lines = record.read_text(encoding="utf-8").splitlines() if record.exists() else []
         return done, lines
 
+    run.start = start
     return run
 
 
@@ -96,3 +102,22 @@ def test_a_benchmark_that_takes_too_long_ends_and_says_so(make, tmp_path):
     done, _ = make("bench-gpu", "BENCH_SECONDS=1")
     assert done.returncode == 2
     assert f"out of time; what was timed until then is in {tmp_path / 'out'}" in done.stderr
+
+
+@pytest.mark.parametrize("target", ["bench-gpu", "test-gpu"])
+def test_ctrl_c_ends_all_that_was_started(make, tmp_path, target):
+    """A terminal sends it to make and the shell alone: what has a limit is in another group."""
+    (ROOT / "build" / "gpu").mkdir(parents=True, exist_ok=True)
+    started = tmp_path / "started"
+    script = f'case "$*" in -c*) exit 0;; esac\necho $$ >> {started}\nexec sleep 60\n'
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{script}", encoding="utf-8")
+    with make.start(target, "QUICK=1", start_new_session=True) as process:
+        while not (started.exists() and started.read_text(encoding="utf-8").endswith("\n")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+    assert process.returncode in (2, -signal.SIGINT), error
+    (pid,) = started.read_text(encoding="utf-8").split()  # no part came after it
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)

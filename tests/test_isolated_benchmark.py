@@ -99,3 +99,18 @@ def test_threads_are_those_that_are_asked_for():
     finally:
         isolation.close()
     assert rows[0].get("refused") is None
+
+
+def test_a_process_that_cannot_be_started_is_told(isolation, monkeypatch):
+    """As where a system has as many as it takes; the next shape tries again."""
+    from multiprocessing import popen_spawn_posix
+
+    def no_room(*_):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(popen_spawn_posix.Popen, "__init__", no_room)
+        (row,), _ = isolation.measure_shape(TINY, [EAGER], 0.01)
+    assert row["refused"].startswith("no process could be started: [Errno 11]")
+    (row,), _ = isolation.measure_shape(TINY, [EAGER], 0.01)
+    assert row["median"] > 0

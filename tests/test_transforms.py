@@ -5,6 +5,7 @@ precision, functorch, repeated backward passes.
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import codir_fast
 from codir_fast.functional import contrastive_loss
@@ -255,3 +256,23 @@ def test_forward_mode_is_refused(form, objective):
         pytest.raises(RuntimeError, match="_contrast has no forward-mode derivative"),
     ):
         loss_of(forward_ad.make_dual(q, q))
+
+
+@pytest.mark.parametrize("with_bank_gradient", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_traced_step_fits_other_sizes(reduction, with_bank_gradient):
+    """Traced with symbols for sizes, outside torch.compile: none of them is baked in."""
+
+    def step(q, p, k):
+        inputs = (q, p, k) if with_bank_gradient else (q, p)
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        vectors = leaves if with_bank_gradient else [*leaves, k]
+        loss = contrastive_loss(*vectors, temperature=T, reduction=reduction)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    def inputs(B, K):
+        return torch.randn(B, 8), torch.randn(B, 8), torch.randn(K, 8)
+
+    traced = make_fx(step, tracing_mode="symbolic")(*inputs(5, 11))
+    given = inputs(9, 14)
+    torch.testing.assert_close(traced(*given), step(*given))

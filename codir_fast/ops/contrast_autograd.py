@@ -91,7 +91,7 @@ def add_contrast_backend(op: str, backend: str) -> Callable[[tuple[Any, ...], st
             with torch._C._AutoDispatchBelowAutograd():
                 output = run(*vectors, *rest)
             save(ctx, vectors, rest, output)
-            ctx.divisor = len(query) if reduction == "mean" else 1
+            ctx.divisor = query.shape[0] if reduction == "mean" else 1  # len() would be no symbol
             return reduced(output[0], reduction)
 
         @staticmethod

@@ -8,22 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codir_fast.backend import resolve
+from codir_fast.backend import runs_triton
 from codir_fast.ops import registration
 from codir_fast.ops.registration import under_functorch
 
 EPS = 1e-12  # of F.normalize
 
 
-def unit_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+def unit_rows(x: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """x / max(|x|, 1e-12) for each row of x (N, D), computed in float32 (float64 for float64), then
-    in `dtype`; for an operator that is differentiable once.
+    in `dtype`; for an operator by `backend` that is differentiable once.
     """
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     if torch.compiler.is_compiling() or under_functorch():
         return F.normalize(x.to(wide), dim=1, eps=EPS).to(dtype)
     needs_grad = x.requires_grad and torch.is_grad_enabled()
-    if x.is_cuda and resolve("bank_contrast", "auto", x) != "torch":  # Triton has it for those
+    if runs_triton(backend, x):
         if needs_grad:
             return _FusedUnitRows.apply(x, dtype)
         return torch.ops.codir_fast.unit_rows(x, dtype)[0]

@@ -103,7 +103,7 @@ def test_unit_rows(device, N, D, dtype, out):
     rows[N // 2] = 0 if dtype in (torch.float32, torch.float64) else rows[N // 2]
     found = []
     for function, leaf in (
-        (lambda x: unit_rows(x, out), rows.detach().clone()),
+        (lambda x: unit_rows(x, out, "auto"), rows.detach().clone()),
         (lambda x: F.normalize(x, dim=1), rows.double().clone()),
     ):
         unit = function(leaf.requires_grad_())
