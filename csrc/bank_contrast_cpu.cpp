@@ -70,12 +70,12 @@ Buffer<C> pack_queries(const C* query, std::int64_t B, std::int64_t D, const Til
 // Anything would be right, so a bound that is no use is 0.
 template <typename C>
 void bound_shifts(const PartialSums<C>& sums, const BankContrastInputs& in, std::int64_t row_ranges,
-                  const Tiling& tiling) {
+                  const Tiling& tiling, const RowKernels<C>& kernel) {
   constexpr double kUseful = 1e4;
   const C* query = static_cast<const C*>(in.query);
   for (std::int64_t i = 0; i < tiling.size(); ++i) {
     const C* q = query + i * in.D;
-    const double bound = i < in.B ? std::sqrt(dot(q, q, in.D)) * in.inv_temperature : 0;
+    const double bound = i < in.B ? std::sqrt(kernel.dot(q, q, in.D)) * in.inv_temperature : 0;
     for (std::int64_t range = 0; range < row_ranges; ++range) {
       sums.shift[range * tiling.size() + i] = bound < kUseful ? static_cast<C>(bound) : C{0};
     }
@@ -109,6 +109,7 @@ template <typename C>
 Status forward(const BankContrastOutputs& outputs, const C* positive, const BankContrastInputs& in,
                const Executor& executor, Isa isa) {
   const BankKernels<C>& kernel = kernels<C>(isa);
+  const RowKernels<C>& of_rows = row_kernels<C>(isa);
   const C* query = static_cast<const C*>(in.query);
   const Tiling tiling = tile(kernel, in.B);
   const Grid grid = split(tiling.tiles, in.K, executor.num_threads);
@@ -121,7 +122,7 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
   const Buffer<double> weighted_rows = allocate<double>(executor.num_threads * in.D);
   const PartialSums<C> sums(grid.row_ranges, tiling, in);
   if (!packed || !scratch || !weighted_rows || !sums.allocated()) return Status::kOutOfMemory;
-  if (in.objective == Objective::kInfoNce) bound_shifts(sums, in, grid.row_ranges, tiling);
+  if (in.objective == Objective::kInfoNce) bound_shifts(sums, in, grid.row_ranges, tiling, of_rows);
 
   executor.parallel_for(tasks, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t n = begin; n < end; ++n) {
@@ -143,8 +144,10 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
       double* weighted_row = weighted_rows.get() + n * in.D;
       const Range queries = share(in.B, finishers, n);
       for (std::int64_t i = queries.begin; i < queries.end; ++i) {
-        const QuerySums total = add_ranges(weighted_row, sums, tiling, in.D, grid.row_ranges, i);
-        finish_query(outputs, query + i * in.D, positive + i * in.D, weighted_row, total, i, in);
+        const QuerySums total =
+            add_ranges(weighted_row, sums, tiling, in.D, grid.row_ranges, i, of_rows);
+        finish_query(outputs, query + i * in.D, positive + i * in.D, weighted_row, total, i, in,
+                     of_rows);
       }
     }
   });

@@ -9,8 +9,10 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "bank_contrast.h"
+#include "rows_cpu_impl.h"
 
 namespace codir_fast {
 namespace {
@@ -77,18 +79,28 @@ struct PartialSums {
   bool allocated() const { return shift && weighted_rows && total; }
 };
 
-// In double, as eight sums: one would wait for itself.
-template <typename A, typename B>
-double dot(const A* a, const B* b, std::int64_t size) {
-  constexpr std::int64_t kSums = 8;
-  double sums[kSums] = {};
-  std::int64_t n = 0;
-  for (; n + kSums <= size; n += kSums) {
-    for (std::int64_t k = 0; k < kSums; ++k)
-      sums[k] += static_cast<double>(a[n + k]) * static_cast<double>(b[n + k]);
+template <typename C>
+const RowKernels<C>& row_kernels(Isa isa) {
+  constexpr bool is_float = std::is_same_v<C, float>;
+#if CODIR_FAST_X86_DISPATCH
+  if (isa == Isa::kAvx512) {
+    if constexpr (is_float)
+      return avx512::kRowKernelsFloat;
+    else
+      return avx512::kRowKernelsDouble;
   }
-  for (; n < size; ++n) sums[0] += static_cast<double>(a[n]) * static_cast<double>(b[n]);
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  if (isa == Isa::kAvx2) {
+    if constexpr (is_float)
+      return avx2::kRowKernelsFloat;
+    else
+      return avx2::kRowKernelsDouble;
+  }
+#endif
+  static_cast<void>(isa);
+  if constexpr (is_float)
+    return baseline::kRowKernelsFloat;
+  else
+    return baseline::kRowKernelsDouble;
 }
 
 // A query's sums over all its negatives: total of the terms, taken relative to e^shift by InfoNCE.
@@ -100,7 +112,8 @@ struct QuerySums {
 // into weighted_row (D,).
 template <typename C>
 QuerySums add_ranges(double* weighted_row, const PartialSums<C>& sums, const Tiling& tiling,
-                     std::int64_t D, std::int64_t row_ranges, std::int64_t i) {
+                     std::int64_t D, std::int64_t row_ranges, std::int64_t i,
+                     const RowKernels<C>& kernel) {
   double shift = -std::numeric_limits<double>::infinity();
   for (std::int64_t range = 0; range < row_ranges; ++range) {
     const std::int64_t at = range * tiling.size() + i;
@@ -115,8 +128,7 @@ QuerySums add_ranges(double* weighted_row, const PartialSums<C>& sums, const Til
         std::isinf(shift) ? 1.0 : std::exp(static_cast<double>(sums.shift[at]) - shift);
     const C* rows =
         sums.weighted_rows.get() + (range * tiling.tiles + i / tiling.lanes) * D * tiling.lanes;
-    for (std::int64_t d = 0; d < D; ++d)
-      weighted_row[d] += factor * rows[d * tiling.lanes + i % tiling.lanes];
+    kernel.add(weighted_row, rows + i % tiling.lanes, tiling.lanes, factor, D);
     total += factor * sums.total[at];
   }
   return {std::isinf(shift) ? 0.0 : shift, total};
@@ -136,8 +148,9 @@ struct Softplus {
 template <typename C>
 void finish_query(const BankContrastOutputs& outputs, const C* q, const C* p,
                   const double* weighted_row, const QuerySums& sums, std::int64_t i,
-                  const BankContrastInputs& in) {
-  const double positive = dot(q, p, in.D), negatives = dot(q, weighted_row, in.D);
+                  const BankContrastInputs& in, const RowKernels<C>& kernel) {
+  const double positive = kernel.dot(q, p, in.D);
+  const double negatives = kernel.dot_sums(q, weighted_row, in.D);
   // Both are softplus of a gap to the positive. InfoNCE: the gap is log(sum over negatives /
   // e^{s+}), the slope the negatives' share of the softmax, which their weights divide.
   const bool is_nce = in.objective == Objective::kNce;
@@ -152,12 +165,9 @@ void finish_query(const BankContrastOutputs& outputs, const C* q, const C* p,
   outputs.lse[i] = lse;
   static_cast<C*>(outputs.dinv_temperature)[i] =
       static_cast<C>(weight * negatives - gap.slope * positive);
-  C* dquery = static_cast<C*>(outputs.dquery) + i * in.D;
-  C* dpositive = static_cast<C*>(outputs.dpositive) + i * in.D;
-  for (std::int64_t d = 0; d < in.D; ++d) {
-    dquery[d] = static_cast<C>((weight * weighted_row[d] - gap.slope * p[d]) * in.inv_temperature);
-    dpositive[d] = static_cast<C>(-gap.slope * q[d] * in.inv_temperature);
-  }
+  kernel.gradients(static_cast<C*>(outputs.dquery) + i * in.D,
+                   static_cast<C*>(outputs.dpositive) + i * in.D, q, p, weighted_row,
+                   {weight, gap.slope, in.inv_temperature}, in.D);
 }
 
 bool supported(DType dtype, DType bank_dtype) {

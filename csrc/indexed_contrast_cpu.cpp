@@ -81,7 +81,8 @@ struct RunningSums {
 template <typename C>
 void finish_queries(const BankContrastOutputs& outputs, const C* positive,
                     const BankContrastInputs& in, const RunningSums<C>& sums, std::int64_t ranges,
-                    const Range& queries, const Executor& executor, double* weighted_rows) {
+                    const Range& queries, const Executor& executor, double* weighted_rows,
+                    const RowKernels<C>& kernel) {
   const std::int64_t threads = std::max(executor.num_threads, 1);
   const C* query = static_cast<const C*>(in.query);
   executor.parallel_for(threads, [&](std::int64_t begin, std::int64_t end) {
@@ -92,8 +93,9 @@ void finish_queries(const BankContrastOutputs& outputs, const C* positive,
         const std::int64_t i = queries.begin + n;
         for (std::int64_t range = 0; range < ranges; ++range) sums.end(range, n);
         const QuerySums total =
-            add_ranges(weighted_row, sums.partial, {1, sums.B}, in.D, ranges, n);
-        finish_query(outputs, query + i * in.D, positive + i * in.D, weighted_row, total, i, in);
+            add_ranges(weighted_row, sums.partial, {1, sums.B}, in.D, ranges, n, kernel);
+        finish_query(outputs, query + i * in.D, positive + i * in.D, weighted_row, total, i, in,
+                     kernel);
       }
     }
   });
@@ -103,7 +105,7 @@ void finish_queries(const BankContrastOutputs& outputs, const C* positive,
 template <typename C>
 Status forward_by_lists(const BankContrastOutputs& outputs, const C* positive,
                         const IndexedContrastInputs& inputs, const Executor& executor,
-                        const IndexedKernels<C>& kernel) {
+                        const IndexedKernels<C>& kernel, const RowKernels<C>& of_rows) {
   const BankContrastInputs& in = inputs.bank;
   const std::int64_t threads = std::max(executor.num_threads, 1);
   const std::int64_t ranges = ceil_div(threads, std::min(in.B, threads));
@@ -126,7 +128,8 @@ Status forward_by_lists(const BankContrastOutputs& outputs, const C* positive,
       }
     }
   });
-  finish_queries(outputs, positive, in, sums, ranges, {0, in.B}, executor, weighted_rows.get());
+  finish_queries(outputs, positive, in, sums, ranges, {0, in.B}, executor, weighted_rows.get(),
+                 of_rows);
   return Status::kOk;
 }
 
@@ -135,7 +138,8 @@ Status forward_by_lists(const BankContrastOutputs& outputs, const C* positive,
 template <typename C>
 Status forward_by_blocks(const BankContrastOutputs& outputs, const C* positive,
                          const IndexedContrastInputs& inputs, const Executor& executor,
-                         const IndexedKernels<C>& kernel, const Parts& parts) {
+                         const IndexedKernels<C>& kernel, const RowKernels<C>& of_rows,
+                         const Parts& parts) {
   const BankContrastInputs& in = inputs.bank;
   const std::int64_t threads = std::max(executor.num_threads, 1);
   const std::int64_t scratch_size = kernel.scratch_size(in.D);
@@ -171,7 +175,8 @@ Status forward_by_blocks(const BankContrastOutputs& outputs, const C* positive,
         }
       });
     }
-    finish_queries(outputs, positive, in, sums, threads, queries, executor, weighted_rows.get());
+    finish_queries(outputs, positive, in, sums, threads, queries, executor, weighted_rows.get(),
+                   of_rows);
   }
   return Status::kOk;
 }
@@ -182,8 +187,10 @@ Status forward(const BankContrastOutputs& outputs, const C* positive,
   const BankContrastInputs& in = inputs.bank;
   const IndexedKernels<C>& kernel = kernels<C>(isa);
   const Parts parts = Parts::cut(inputs);
-  return parts.pay(in) ? forward_by_blocks(outputs, positive, inputs, executor, kernel, parts)
-                       : forward_by_lists(outputs, positive, inputs, executor, kernel);
+  const RowKernels<C>& of_rows = row_kernels<C>(isa);
+  return parts.pay(in)
+             ? forward_by_blocks(outputs, positive, inputs, executor, kernel, of_rows, parts)
+             : forward_by_lists(outputs, positive, inputs, executor, kernel, of_rows);
 }
 
 void store_gradient(void* dbank, const double* gradient, const Range& rows,

@@ -15,7 +15,8 @@ namespace {
 constexpr std::int64_t N = 7;
 
 template <typename T, typename C>
-void test_against_definition(DType rows_dtype, DType dtype, double tolerance, std::int64_t D) {
+void test_against_definition(DType rows_dtype, DType dtype, double tolerance, std::int64_t D,
+                             Isa isa) {
   std::mt19937 random(3);
   std::normal_distribution<double> distribution;
   std::vector<T> rows(N * D);
@@ -28,10 +29,10 @@ void test_against_definition(DType rows_dtype, DType dtype, double tolerance, st
   }
   const std::vector<C> before = gradient;
   std::vector<double> inverse_norm(N);
-  CHECK(unit_rows_cpu(unit.data(), inverse_norm.data(), rows.data(), N, D, rows_dtype, dtype) ==
-        Status::kOk);
-  CHECK(unit_rows_backward_cpu(gradient.data(), unit.data(), inverse_norm.data(), N, D, dtype) ==
-        Status::kOk);
+  CHECK(unit_rows_cpu(unit.data(), inverse_norm.data(), rows.data(), N, D, rows_dtype, dtype,
+                      isa) == Status::kOk);
+  CHECK(unit_rows_backward_cpu(gradient.data(), unit.data(), inverse_norm.data(), N, D, dtype,
+                               isa) == Status::kOk);
   for (std::int64_t n = 0; n < N; ++n) {
     const auto row = [&](std::int64_t d) {
       return static_cast<double>(to_compute(rows[n * D + d]));
@@ -47,19 +48,28 @@ void test_against_definition(DType rows_dtype, DType dtype, double tolerance, st
       CHECK_CLOSE(gradient[n * D + d] * divisor, projected, 10 * tolerance);
     }
   }
-  CHECK(unit_rows_cpu(unit.data(), nullptr, rows.data(), N, D, rows_dtype, dtype) == Status::kOk);
+  CHECK(unit_rows_cpu(unit.data(), nullptr, rows.data(), N, D, rows_dtype, dtype, isa) ==
+        Status::kOk);
   for (std::int64_t n = 0; n < N * D; ++n)
     CHECK(unit[n] == static_cast<C>(to_compute(rows[n])));  // converted alone
+  from_compute(std::numeric_limits<Compute<T>>::quiet_NaN(), &rows[0]);
+  CHECK(unit_rows_cpu(unit.data(), inverse_norm.data(), rows.data(), N, D, rows_dtype, dtype,
+                      isa) == Status::kOk);
+  CHECK(std::isnan(inverse_norm[0]) && !std::isnan(inverse_norm[3]));
+  for (std::int64_t d = 0; d < D; ++d) CHECK(std::isnan(unit[d]) && !std::isnan(unit[3 * D + d]));
 }
 
 }  // namespace
 
 int main() {
-  for (const std::int64_t D : {1, 5, 64, 131}) {
-    test_against_definition<float, float>(DType::kFloat32, DType::kFloat32, 1e-6, D);
-    test_against_definition<double, double>(DType::kFloat64, DType::kFloat64, 1e-14, D);
-    test_against_definition<BFloat16, float>(DType::kBFloat16, DType::kFloat32, 1e-6, D);
-    test_against_definition<Float16, float>(DType::kFloat16, DType::kFloat32, 1e-6, D);
+  for (int n = 0; n <= static_cast<int>(widest_isa()); ++n) {
+    const Isa isa = Isa(n);
+    for (const std::int64_t D : {1, 5, 64, 131}) {
+      test_against_definition<float, float>(DType::kFloat32, DType::kFloat32, 1e-6, D, isa);
+      test_against_definition<double, double>(DType::kFloat64, DType::kFloat64, 1e-14, D, isa);
+      test_against_definition<BFloat16, float>(DType::kBFloat16, DType::kFloat32, 1e-6, D, isa);
+      test_against_definition<Float16, float>(DType::kFloat16, DType::kFloat32, 1e-6, D, isa);
+    }
   }
   return check::exit_code();
 }

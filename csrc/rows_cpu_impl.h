@@ -1,0 +1,50 @@
+// What the drivers of the contrastive operators (contrast_cpu.h) and unit_rows_cpu.cpp ask of
+// rows_cpu_impl.cpp, which is compiled once per instruction set: what is done to single rows of D
+// elements before and after a pass, in double. Plain data and declarations only: code here would be
+// shared between instruction sets.
+#pragma once
+
+#include <cstdint>
+
+#include "common.h"
+
+namespace codir_fast {
+
+// d loss / d (query / t) = weight * sums - slope * p, and d loss / d positive = -slope * q / t.
+struct QuerySlopes {
+  double weight, slope, inv_temperature;
+};
+
+template <typename C>
+struct RowKernels {
+  double (*dot)(const C* a, const C* b, std::int64_t D);
+  double (*dot_sums)(const C* a, const double* sums, std::int64_t D);
+  // sums (D,) += factor * row, whose elements lie `stride` apart.
+  void (*add)(double* sums, const C* row, std::int64_t stride, double factor, std::int64_t D);
+  void (*gradients)(C* dquery, C* dpositive, const C* q, const C* p, const double* sums,
+                    const QuerySlopes& slopes, std::int64_t D);
+  // As unit_rows.h has them.
+  Status (*unit_rows)(C* unit, double* inverse_norm, const void* rows, std::int64_t N,
+                      std::int64_t D, DType rows_dtype);
+  void (*unit_rows_backward)(C* gradient, const C* unit, const double* inverse_norm, std::int64_t N,
+                             std::int64_t D);
+};
+
+namespace baseline {
+extern const RowKernels<float> kRowKernelsFloat;
+extern const RowKernels<double> kRowKernelsDouble;
+}  // namespace baseline
+
+#if CODIR_FAST_X86_DISPATCH
+namespace avx2 {
+extern const RowKernels<float> kRowKernelsFloat;
+extern const RowKernels<double> kRowKernelsDouble;
+}  // namespace avx2
+
+namespace avx512 {
+extern const RowKernels<float> kRowKernelsFloat;
+extern const RowKernels<double> kRowKernelsDouble;
+}  // namespace avx512
+#endif
+
+}  // namespace codir_fast
