@@ -5,6 +5,7 @@ now and waited for later, with a check that all ranks ask for the same.
 import functools
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,17 +35,30 @@ def outside_graphs(function: Callable[..., T]) -> Callable[..., T]:
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
-    """The processes of a group, each with its own part of the rows."""
+    """The processes of a group, each with its own part of the rows.
 
-    group: Any
+    torch.distributed keeps the group, until it is destroyed. Who kept it for longer would keep its
+    threads: where those of gloo outlive Python, the process ends with SIGABRT.
+    """
+
+    _group: Callable[[], Any]
     rank: int
     size: int
+
+    @property
+    def group(self) -> Any:
+        group = self._group()
+        if group is None:
+            raise RuntimeError(
+                "`process_group` was destroyed: a loss or a bank is made for another one anew"
+            )
+        return group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":
         return self  # a process group is no copy of another
 
     def is_of(self, process_group: Any) -> bool:
-        return self.group is process_group
+        return self._group() is process_group
 
 
 def ranks_of(process_group: Any) -> Ranks | None:
@@ -63,8 +77,8 @@ def ranks_of(process_group: Any) -> Ranks | None:
             "`process_group` must be a torch.distributed.ProcessGroup or None, "
             f"got {type(process_group).__name__}"
         )
-    size = dist.get_world_size(process_group)
-    return Ranks(process_group, dist.get_rank(process_group), size) if size > 1 else None
+    size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    return Ranks(weakref.ref(process_group), rank, size) if size > 1 else None
 
 
 class Pending(Generic[T]):
@@ -152,8 +166,9 @@ def gather_blocks(ranks: Ranks, what: str, block: Tensor, dst: int) -> list[Tens
     """Every rank's block, all of one shape and dtype, on rank dst; None on the others."""
     sent = _as_bytes(block)
     blocks = [torch.empty_like(sent) for _ in range(ranks.size)] if ranks.rank == dst else None
+    group = ranks.group
     with _explained(ranks, what):
-        dist.gather(sent, blocks, group=ranks.group, group_dst=dst)
+        dist.gather(sent, blocks, group=group, group_dst=dst)
     if blocks is None:
         return None
     return [_of_bytes(block_bytes, block) for block_bytes in blocks]
@@ -205,8 +220,9 @@ def _all_gather() -> Callable[..., Any]:
 
 
 def _launch(ranks: Ranks, what: str, collective: Callable[..., Any], *arguments: Any) -> Any:
+    group = ranks.group
     with _explained(ranks, what):
-        return collective(*arguments, group=ranks.group, async_op=True)
+        return collective(*arguments, group=group, async_op=True)
 
 
 @contextmanager

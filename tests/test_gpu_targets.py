@@ -111,7 +111,9 @@ def test_ctrl_c_ends_all_that_was_started(make, tmp_path, target):
     started = tmp_path / "started"
     script = f'case "$*" in -c*) exit 0;; esac\necho $$ >> {started}\nexec sleep 60\n'
     (tmp_path / "python").write_text(f"#!/bin/sh\n{script}", encoding="utf-8")
-    with make.start(target, "QUICK=1", start_new_session=True) as process:
+    # Where the tests run in the background SIGINT is ignored, and would be by what they start.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with make.start(target, "QUICK=1", start_new_session=True, **heard) as process:
         while not (started.exists() and started.read_text(encoding="utf-8").endswith("\n")):
             assert process.poll() is None
             time.sleep(0.05)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import time
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -325,3 +326,28 @@ def test_a_rank_that_fails_ends_the_others(tmp_path):
     for message in (late, dead):
         assert "contrastive_loss could not talk to all ranks (this is rank 0 of 2)" in message
     assert 1.5 < waited < 20 and seconds < 20
+
+
+def outlive_the_group(group):
+    """Whether it is gone when torch.distributed lets it go, and what loss and bank say then."""
+    own = dist.new_group(list(range(dist.get_world_size(group))))
+    loss_fn, negatives = codir_fast.ContrastiveLoss(process_group=own), queue(own)
+    query, key = pair(requires_grad=True)
+    negatives.enqueue(key)
+    loss_fn(query, key, negatives).backward()
+    group_of_ours = weakref.ref(own)
+    dist.destroy_process_group(own)
+    del own
+    is_gone, said = group_of_ours() is None, []
+    for step in (lambda: negatives.enqueue(key), lambda: loss_fn(query, key, negatives)):
+        with pytest.raises(RuntimeError) as error:
+            step()
+        said.append(str(error.value))
+    return is_gone, said
+
+
+def test_nothing_keeps_a_group_that_was_destroyed(on_ranks):
+    """Its threads would outlive Python, which ends in SIGABRT."""
+    for is_gone, said in on_ranks(outlive_the_group, 4):
+        assert is_gone
+        assert [line.partition(": ")[0] for line in said] == 2 * ["`process_group` was destroyed"]
