@@ -50,7 +50,7 @@ def _kind(argument: Any) -> Any:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own, and its next_power_of_2, take 4 us."""
+    """a / b, rounded up. Triton's own, and its next_power_of_2, take 20 times as long."""
     return -(-a // b)
 
 

@@ -1,23 +1,13 @@
 """Launches of Triton kernels: what is remembered of them is all that Triton compiles for."""
 
-import importlib.util
 import itertools
-import platform
 import random
-import sys
 
+import needs_triton
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.skipif(
-        sys.platform != "linux" or platform.machine() != "x86_64",
-        reason="Triton's compiler comes for x86-64 Linux",
-    ),
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="the triton package is not installed"
-    ),
-]
+pytestmark = needs_triton.MARKS
 
 
 @pytest.fixture

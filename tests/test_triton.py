@@ -2,25 +2,16 @@
 that the tables hold is compiled by `make static-gpu`; here, what users meet most.
 """
 
-import importlib.util
 import json
-import platform
 import sys
 from dataclasses import replace
 
+import needs_triton
 import pytest
 import torch
 import triton_interpreter
 
-pytestmark = [
-    pytest.mark.skipif(
-        sys.platform != "linux" or platform.machine() != "x86_64",
-        reason="Triton's compiler and interpreter come for x86-64 Linux",
-    ),
-    pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None, reason="the triton package is not installed"
-    ),
-]
+pytestmark = needs_triton.MARKS
 ARCHITECTURES = (80, 90, 100)
 HALF, FLOAT = torch.bfloat16, torch.float32
 

@@ -204,7 +204,7 @@ def _compiled_graph(inputs: Inputs) -> Run:
 )
 def _linear_cross_entropy(inputs: Inputs) -> Run:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        raise NotImplementedError(f"torch {torch.__version__} has no linear_cross_entropy")
+        raise RuntimeError(f"torch {torch.__version__} has no linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
     targets = torch.arange(len(inputs.query))
 
