@@ -20,7 +20,7 @@ OPS = ("masked_pool", "bank_contrast", "indexed_contrast", "bank_update")
 NAMES = ("torch", "cpu", "triton", "cuda")
 _OPS_OF: dict[str, tuple[str, ...]] = {
     "torch": OPS,
-    "cpu": OPS,
+    "cpu": (*OPS, "in_batch_contrast"),  # elsewhere bank_contrast in one direction, then the other
     "triton": OPS,
     "cuda": ("masked_pool", "bank_contrast"),
 }
@@ -120,6 +120,13 @@ def runs_triton(backend: str, tensor: torch.Tensor) -> bool:
         return False
     name = resolve("bank_contrast", backend, tensor)
     return name == "triton" or (name == "cuda" and _has_triton())
+
+
+def fuses_in_batch(backend: str, tensor: torch.Tensor) -> bool:
+    """Whether the backend that runs bank_contrast on queries like this tensor has in_batch_contrast
+    too.
+    """
+    return "in_batch_contrast" in _OPS_OF[resolve("bank_contrast", backend, tensor)]
 
 
 class _Inputs(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codir_fast.backend import fuses_in_batch
 from codir_fast.checks import check_device, check_tensor
 from codir_fast.directions import arrange, losses_of
 from codir_fast.global_batch import agree_on_batch, alike
@@ -17,10 +18,12 @@ from codir_fast.loss_arguments import (
     check_nce,
     check_options,
     check_pair,
+    inverse_temperature,
     prepare,
 )
-from codir_fast.negatives import Negatives
-from codir_fast.ops.contrast_autograd import reduced
+from codir_fast.negatives import Negatives, in_batch_labels
+from codir_fast.ops.in_batch_contrast import in_batch_contrast
+from codir_fast.ops.loss_autograd import reduced
 from codir_fast.sharded_contrast import gather_numbers
 from codir_fast.sharded_passes import Direction, Objective
 from codir_fast.sharding import GlobalBatch
@@ -142,6 +145,17 @@ def contrastive_loss(
         settings = (*options, *alike(temperature, normalize, symmetric, num_data, *given))
         batch = agree_on_batch("contrastive_loss", process_group, vectors, settings)
     is_nce = objective == "nce"
+    if negative_keys is None and batch is None and not is_nce and fuses_in_batch(backend, query):
+        loss = in_batch_contrast(
+            query,
+            positive_key,
+            inverse_temperature(temperature, query),
+            in_batch_labels(query, *given),
+            symmetric,
+            normalize,
+            reduction=reduction if weight is None else "none",
+        )
+        return loss if weight is None else _reduce(loss, weight, reduction, batch)
     ways, meant = arrange(vectors, temperature, normalize, symmetric, backend, given, batch, is_nce)
     if is_nce:
         if log_partition is None:

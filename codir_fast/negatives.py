@@ -95,15 +95,40 @@ def choose_negatives(
         _check_whole(negative_keys)
     if batch is not None and not chosen.own:
         chosen.total, chosen.first_row = batch.num_rows, batch.first_row
+    if chosen.in_batch:
+        others = in_batch_labels(query, labels, negative_labels, negative_index, exclude_index)
+        chosen.labels = chosen.row_labels = others
+        first, end = chosen.first_row, chosen.first_row + query.shape[0]
+        chosen.exclude_index = torch.arange(first, end, device=query.device)
+        return chosen
     if negative_index is not None:
-        if chosen.in_batch:
-            raise ValueError("`negative_index` needs `negative_keys`, a (K, D) tensor or a bank")
         if chosen.own:
             raise ValueError("`negative_index` needs `negative_keys` shared by all queries")
         chosen.index = _check_index(query, negative_index, chosen.total)
     chosen.labels, chosen.row_labels = _choose_labels(query, chosen, labels, negative_labels)
     chosen.exclude_index = _choose_exclusion(query, chosen, exclude_index)
     return chosen
+
+
+def in_batch_labels(
+    query: Tensor,
+    labels: Tensor | None,
+    negative_labels: Tensor | None = None,
+    negative_index: Tensor | None = None,
+    exclude_index: Tensor | None = None,
+) -> Tensor | None:
+    """The labels as the operators take them, of the queries and of the keys; refuses all that picks
+    among negatives that are given.
+    """
+    if negative_index is not None:
+        raise ValueError("`negative_index` needs `negative_keys`, a (K, D) tensor or a bank")
+    if negative_labels is not None:
+        raise ValueError("`negative_labels` needs `negative_keys` given as a tensor")
+    if exclude_index is not None:
+        raise ValueError(
+            "`exclude_index` needs `negative_keys`: in-batch each query's own key is left out"
+        )
+    return None if labels is None else _as_int64("labels", labels, query, "B", query.shape[0])
 
 
 def _choose_rows(
@@ -225,11 +250,10 @@ def _choose_labels(
             negative_labels = negative_labels.flatten()
         K = negatives.rows.shape[0]
         return labels, _as_int64("negative_labels", negative_labels, query, "K", K)
-    if isinstance(source, (MemoryQueue, IndexedBank)):
-        if source.row_labels is None:
-            raise ValueError("`labels` needs a bank that has labels; `negative_keys` has none")
-        return labels, source.row_labels
-    return labels, labels
+    assert isinstance(source, (MemoryQueue, IndexedBank))
+    if source.row_labels is None:
+        raise ValueError("`labels` needs a bank that has labels; `negative_keys` has none")
+    return labels, source.row_labels
 
 
 def _check_own_labels(negative_labels: Tensor, negative_keys: Tensor) -> None:
@@ -246,12 +270,6 @@ def _choose_exclusion(
     query: Tensor, negatives: ChosenNegatives, exclude_index: Tensor | None
 ) -> Tensor | None:
     B, K = query.shape[0], negatives.total
-    if negatives.in_batch:
-        if exclude_index is not None:
-            raise ValueError(
-                "`exclude_index` needs `negative_keys`: in-batch each query's own key is left out"
-            )
-        return torch.arange(negatives.first_row, negatives.first_row + B, device=query.device)
     if exclude_index is None:
         return None
     if negatives.own:

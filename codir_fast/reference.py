@@ -95,6 +95,24 @@ def bank_contrast(
     return _objective(positive_logit, negative_logits, log_partition, num_noise / num_data)
 
 
+def in_batch_contrast(
+    query: Tensor,
+    positive: Tensor,
+    inv_temperature: Tensor | float,
+    labels: Tensor | None = None,
+    symmetric: bool = False,
+) -> Tensor:
+    """InfoNCE of each query against the positives of the others, (B,), as bank_contrast; if
+    `symmetric`, its mean with the loss of each positive against the other queries. Left out: what
+    has the query's own label.
+    """
+    own = torch.arange(len(query), device=query.device)
+    pairs = [(query, positive), (positive, query)] if symmetric else [(query, positive)]
+    masks = (None, labels, labels, own)
+    losses = [bank_contrast(q, p, p, inv_temperature, *masks) for q, p in pairs]
+    return sum(losses[1:], losses[0]) / len(losses)
+
+
 def _objective(
     positive: Tensor, negatives: Tensor, log_partition: Tensor | None, noise_ratio: float
 ) -> Tensor:

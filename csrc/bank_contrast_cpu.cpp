@@ -47,25 +47,6 @@ Tiling tile(const BankKernels<C>& kernel, std::int64_t B) {
   return best;
 }
 
-template <typename C>
-Buffer<C> pack_queries(const C* query, std::int64_t B, std::int64_t D, const Tiling& tiling) {
-  Buffer<C> packed = allocate<C>(tiling.size() * D);
-  if (packed == nullptr) return packed;
-  constexpr std::int64_t kColumns = 16;  // a cache line of each query at a time
-  for (std::int64_t first = 0; first < tiling.size(); first += tiling.lanes) {
-    C* tile = packed.get() + first * D;
-    for (std::int64_t begin = 0; begin < D; begin += kColumns) {
-      const std::int64_t end = std::min(begin + kColumns, D);
-      for (std::int64_t lane = 0; lane < tiling.lanes; ++lane) {
-        const std::int64_t i = first + lane;
-        for (std::int64_t d = begin; d < end; ++d)
-          tile[d * tiling.lanes + lane] = i < B ? query[i * D + d] : C{0};
-      }
-    }
-  }
-  return packed;
-}
-
 // InfoNCE's shifts begin at the largest logit that unit rows can have: they seldom move then.
 // Anything would be right, so a bound that is no use is 0.
 template <typename C>

@@ -1,8 +1,9 @@
 // The operators of codir_fast as PyTorch sees them: schemas, and the CPU implementations over the
-// kernels of this folder; binding_cuda.cpp has those for CUDA. LibTorch stable ABI only, so that
-// one binary loads into every torch from 2.11 on. Python (codir_fast/ops) registers fake and
-// autograd implementations and words the errors that users meet; checked here is what memory safety
-// asks for, because operators can also be called directly.
+// kernels of this folder, the contrastive ones in binding_contrast.cpp and binding_in_batch.cpp;
+// binding_cuda.cpp has those for CUDA. LibTorch stable ABI only, so that one binary loads into
+// every torch from 2.11 on. Python (codir_fast/ops) registers fake and autograd implementations and
+// words the errors that users meet; checked here is what memory safety asks for, because operators
+// can also be called directly.
 #include "binding.h"
 
 #include <algorithm>
@@ -10,12 +11,9 @@
 #include <tuple>
 #include <vector>
 
-#include "bank_contrast.h"
 #include "bank_update.h"
 #include "executor.h"
-#include "indexed_contrast.h"
 #include "masked_pool.h"
-#include "unit_rows.h"
 
 namespace codir_fast {
 
@@ -26,12 +24,6 @@ Executor torch_executor() {
 }
 
 namespace {
-
-void check_status(Status status, const char* op) {
-  STD_TORCH_CHECK(status != Status::kOutOfMemory, op,
-                  ": out of memory for the kernel's scratch space");
-  STD_TORCH_CHECK(status == Status::kOk, op, ": combination of dtypes is not supported");
-}
 
 struct RealTokenLists {
   std::vector<std::int64_t> offsets{0}, tokens;
@@ -105,249 +97,6 @@ std::vector<Tensor> masked_pool_backward(const Tensor& grad, const OptionalTenso
   return dhidden.tensors;
 }
 
-// Query or positive rows as a kernel takes them: dense, in the dtype of its arithmetic, of unit
-// length if `normalize`.
-struct PreparedRows {
-  Tensor rows;
-  std::vector<double> inverse_norm;  // empty unless normalised
-};
-
-DType compute_dtype(DType dtype) {
-  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-}
-
-// The torch dtype of compute_dtype.
-std::int32_t torch_dtype(DType compute) {
-  return compute == DType::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-}
-
-PreparedRows prepare_rows(const Tensor& given, const char* name, DType compute, bool normalize) {
-  const DType dtype = dtype_of(given, name);
-  if (!normalize && dtype == compute) return {dense(given), {}};
-  const Tensor rows = dense(given);
-  const std::int64_t N = rows.size(0), D = rows.size(1);
-  PreparedRows out{new_tensor(torch_dtype(compute), {N, D}),
-                   std::vector<double>(normalize ? N : 0)};
-  check_status(
-      unit_rows_cpu(out.rows.mutable_data_ptr(), normalize ? out.inverse_norm.data() : nullptr,
-                    rows.const_data_ptr(), N, D, dtype, compute),
-      name);
-  return out;
-}
-
-// The gradient with respect to what was given, in place of the one with respect to `rows`.
-void bring_back(const Tensor& gradient, const PreparedRows& rows, DType compute) {
-  if (rows.inverse_norm.empty()) return;
-  check_status(
-      unit_rows_backward_cpu(gradient.mutable_data_ptr(), rows.rows.const_data_ptr(),
-                             rows.inverse_norm.data(), gradient.size(0), gradient.size(1), compute),
-      "gradient");
-}
-
-// Tensors made contiguous, kept alive while `view` points into them.
-struct BankContrastArguments {
-  PreparedRows query;
-  Tensor bank, inv_temperature;
-  OptionalTensor bank_scale, labels, bank_labels, exclude_index, valid;
-  BankContrastInputs view;
-};
-
-double scalar_value(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.numel() == 1 && tensor.is_cpu(), "`", name,
-                  "` must be a scalar tensor on the CPU");
-  if (tensor.scalar_type() == ScalarType::Double) return *tensor.const_data_ptr<double>();
-  check_dtype(tensor, name, ScalarType::Float, "float32 or float64");
-  return *tensor.const_data_ptr<float>();
-}
-
-BankContrastArguments bank_contrast_arguments(
-    const Tensor& query, const Tensor& bank, const Tensor& inv_temperature,
-    const OptionalTensor& bank_scale, const OptionalTensor& labels,
-    const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
-    const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
-    std::int64_t num_data, bool normalize) {
-  STD_TORCH_CHECK(query.dim() == 2 && query.is_cpu(), "`query` must be a (B, D) tensor on the CPU");
-  STD_TORCH_CHECK(bank.dim() == 2, "`bank` must be a (K, D) tensor");
-  const std::int64_t B = query.size(0), K = bank.size(0), D = query.size(1);
-  STD_TORCH_CHECK(D > 0, "`query` must have at least one column");
-  check_size(bank, "bank", {K, D});
-  STD_TORCH_CHECK(labels.has_value() == bank_labels.has_value(),
-                  "`labels` and `bank_labels` go together");
-  const DType compute = compute_dtype(dtype_of(query, "query"));
-  const bool is_double = compute == DType::kFloat64;
-  BankContrastArguments arguments{
-      prepare_rows(query, "query", compute, normalize),
-      dense(bank),
-      inv_temperature,
-      vector_argument(bank_scale, "bank_scale", K,
-                      is_double ? ScalarType::Double : ScalarType::Float,
-                      is_double ? "float64, as `query`" : "float32"),
-      vector_argument(labels, "labels", B, ScalarType::Long, "int64"),
-      vector_argument(bank_labels, "bank_labels", K, ScalarType::Long, "int64"),
-      vector_argument(exclude_index, "exclude_index", B, ScalarType::Long, "int64"),
-      vector_argument(valid, "valid", K, ScalarType::Bool, "bool"),
-      {}};
-  arguments.view = {arguments.query.rows.const_data_ptr(),
-                    arguments.bank.const_data_ptr(),
-                    data_or_null<void>(arguments.bank_scale),
-                    data_or_null<std::int64_t>(arguments.labels),
-                    data_or_null<std::int64_t>(arguments.bank_labels),
-                    data_or_null<std::int64_t>(arguments.exclude_index),
-                    data_or_null<bool>(arguments.valid),
-                    B,
-                    K,
-                    D,
-                    compute,
-                    dtype_of(bank, "bank"),
-                    scalar_value(inv_temperature, "inv_temperature"),
-                    log_partition ? Objective::kNce : Objective::kInfoNce,
-                    log_partition ? scalar_value(*log_partition, "log_partition") : 0.0,
-                    static_cast<double>(num_noise) / static_cast<double>(num_data)};
-  STD_TORCH_CHECK(!log_partition || (num_noise > 0 && num_data > 0),
-                  "`num_noise` and `num_data` must be positive, got ", num_noise, " and ",
-                  num_data);
-  return arguments;
-}
-
-// Allocates the outputs and runs a kernel on them: run(outputs, positive data) -> Status.
-template <typename Run>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrast(const char* op,
-                                                            const Tensor& positive_view,
-                                                            const BankContrastArguments& arguments,
-                                                            bool normalize, const Run& run) {
-  const std::int64_t B = arguments.view.B, D = arguments.view.D;
-  const DType compute = arguments.view.dtype;
-  check_size(positive_view, "positive", {B, D});
-  const PreparedRows positive = prepare_rows(positive_view, "positive", compute, normalize);
-  const std::int32_t dtype = torch_dtype(compute);
-  Tensor loss = new_tensor(dtype, {B});
-  Tensor lse = new_tensor(aoti_torch_dtype_float64(), {B});
-  Tensor dquery = new_tensor(dtype, {B, D}), dpositive = new_tensor(dtype, {B, D});
-  Tensor dinv_temperature = new_tensor(dtype, {B});
-  check_status(
-      run({loss.mutable_data_ptr(), lse.mutable_data_ptr<double>(), dquery.mutable_data_ptr(),
-           dpositive.mutable_data_ptr(), dinv_temperature.mutable_data_ptr()},
-          positive.rows.const_data_ptr()),
-      op);
-  bring_back(dquery, arguments.query, compute);
-  bring_back(dpositive, positive, compute);
-  return {loss, lse, dquery, dpositive, dinv_temperature};
-}
-
-// Allocates the bank's gradient and runs a kernel: run(dbank, grad_loss data, lse data) -> Status.
-template <typename Run>
-Tensor contrast_backward(const char* op, const Tensor& grad_loss_view, const Tensor& lse_view,
-                         const Tensor& bank, const BankContrastInputs& view, const Run& run) {
-  const std::int64_t B = view.B;
-  const bool is_double = view.dtype == DType::kFloat64;
-  const Tensor grad_loss = *vector_argument(grad_loss_view, "grad_loss", B,
-                                            is_double ? ScalarType::Double : ScalarType::Float,
-                                            is_double ? "float64, as `query`" : "float32");
-  const Tensor lse = *vector_argument(lse_view, "lse", B, ScalarType::Double, "float64");
-  Tensor dbank = new_tensor(bank, {bank.size(0), bank.size(1)});
-  check_status(
-      run(dbank.mutable_data_ptr(), grad_loss.const_data_ptr(), lse.const_data_ptr<double>()), op);
-  return dbank;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bank_contrast(
-    const Tensor& query, const Tensor& positive, const Tensor& bank, const Tensor& inv_temperature,
-    const OptionalTensor& bank_scale, const OptionalTensor& labels,
-    const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
-    const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
-    std::int64_t num_data, bool normalize) {
-  const BankContrastArguments arguments =
-      bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
-                              exclude_index, valid, log_partition, num_noise, num_data, normalize);
-  return contrast("bank_contrast", positive, arguments, normalize,
-                  [&](const BankContrastOutputs& outputs, const void* positive_data) {
-                    return bank_contrast_cpu(outputs, positive_data, arguments.view,
-                                             torch_executor());
-                  });
-}
-
-Tensor bank_contrast_backward(const Tensor& grad_loss, const Tensor& query, const Tensor& bank,
-                              const Tensor& inv_temperature, const Tensor& lse,
-                              const OptionalTensor& bank_scale, const OptionalTensor& labels,
-                              const OptionalTensor& bank_labels,
-                              const OptionalTensor& exclude_index, const OptionalTensor& valid,
-                              const OptionalTensor& log_partition, std::int64_t num_noise,
-                              std::int64_t num_data, bool normalize) {
-  const BankContrastArguments arguments =
-      bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
-                              exclude_index, valid, log_partition, num_noise, num_data, normalize);
-  return contrast_backward("bank_contrast_backward", grad_loss, lse, bank, arguments.view,
-                           [&](void* dbank, const void* grad_data, const double* lse_data) {
-                             return bank_contrast_backward_cpu(dbank, grad_data, lse_data,
-                                                               arguments.view, torch_executor());
-                           });
-}
-
-struct IndexedContrastArguments {
-  BankContrastArguments bank;
-  Tensor index;
-  IndexedContrastInputs view;
-};
-
-IndexedContrastArguments indexed_contrast_arguments(
-    const Tensor& query, const Tensor& bank, const Tensor& inv_temperature,
-    const Tensor& index_view, const OptionalTensor& bank_scale, const OptionalTensor& labels,
-    const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
-    const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
-    std::int64_t num_data, bool normalize) {
-  IndexedContrastArguments arguments{
-      bank_contrast_arguments(query, bank, inv_temperature, bank_scale, labels, bank_labels,
-                              exclude_index, valid, log_partition, num_noise, num_data, normalize),
-      dense(index_view),
-      {}};
-  const BankContrastInputs& view = arguments.bank.view;
-  const Tensor& index = arguments.index;
-  STD_TORCH_CHECK(index.dim() == 2, "`index` must have shape (B, M)");
-  check_size(index, "index", {view.B, index.size(1)});
-  check_dtype(index, "index", ScalarType::Long, "int64");
-  const std::int64_t* row = index.const_data_ptr<std::int64_t>();
-  const std::int64_t numel = index.numel();
-  for (std::int64_t n = 0; n < numel; ++n) {
-    STD_TORCH_CHECK(row[n] >= 0 && row[n] < view.K, "`index` must be in [0, ", view.K, "), got ",
-                    row[n]);
-  }
-  arguments.view = {view, row, index.size(1)};
-  return arguments;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> indexed_contrast(
-    const Tensor& query, const Tensor& positive, const Tensor& bank, const Tensor& inv_temperature,
-    const Tensor& index, const OptionalTensor& bank_scale, const OptionalTensor& labels,
-    const OptionalTensor& bank_labels, const OptionalTensor& exclude_index,
-    const OptionalTensor& valid, const OptionalTensor& log_partition, std::int64_t num_noise,
-    std::int64_t num_data, bool normalize) {
-  const IndexedContrastArguments arguments = indexed_contrast_arguments(
-      query, bank, inv_temperature, index, bank_scale, labels, bank_labels, exclude_index, valid,
-      log_partition, num_noise, num_data, normalize);
-  return contrast("indexed_contrast", positive, arguments.bank, normalize,
-                  [&](const BankContrastOutputs& outputs, const void* positive_data) {
-                    return indexed_contrast_cpu(outputs, positive_data, arguments.view,
-                                                torch_executor());
-                  });
-}
-
-Tensor indexed_contrast_backward(const Tensor& grad_loss, const Tensor& query, const Tensor& bank,
-                                 const Tensor& inv_temperature, const Tensor& lse,
-                                 const Tensor& index, const OptionalTensor& bank_scale,
-                                 const OptionalTensor& labels, const OptionalTensor& bank_labels,
-                                 const OptionalTensor& exclude_index, const OptionalTensor& valid,
-                                 const OptionalTensor& log_partition, std::int64_t num_noise,
-                                 std::int64_t num_data, bool normalize) {
-  const IndexedContrastArguments arguments = indexed_contrast_arguments(
-      query, bank, inv_temperature, index, bank_scale, labels, bank_labels, exclude_index, valid,
-      log_partition, num_noise, num_data, normalize);
-  return contrast_backward("indexed_contrast_backward", grad_loss, lse, bank, arguments.bank.view,
-                           [&](void* dbank, const void* grad_data, const double* lse_data) {
-                             return indexed_contrast_backward_cpu(dbank, grad_data, lse_data,
-                                                                  arguments.view, torch_executor());
-                           });
-}
-
 void bank_update(Tensor bank, const Tensor& index_view, const Tensor& keys_view, double momentum,
                  std::optional<Tensor> filled) {
   STD_TORCH_CHECK(bank.dim() == 2 && bank.is_cpu() && bank.is_contiguous(),
@@ -409,6 +158,15 @@ STABLE_TORCH_LIBRARY(codir_fast, m) {
       "indexed_contrast_backward(Tensor grad_loss, Tensor query, Tensor bank, "
       "Tensor inv_temperature, Tensor lse, Tensor index, " NEGATIVES ") -> Tensor");
   m.def(
+      "in_batch_contrast(Tensor query, Tensor positive, Tensor inv_temperature, "
+      "Tensor? labels=None, bool symmetric=False, bool normalize=False) -> "
+      "(Tensor loss, Tensor lse, Tensor negative_share)");
+  m.def(
+      "in_batch_contrast_backward(Tensor grad_loss, Tensor query, Tensor positive, "
+      "Tensor inv_temperature, Tensor lse, Tensor negative_share, Tensor? labels=None, "
+      "bool symmetric=False, bool normalize=False) -> "
+      "(Tensor dquery, Tensor dpositive, Tensor dinv_temperature)");
+  m.def(
       "bank_update(Tensor(a!) bank, Tensor index, Tensor keys, float momentum, Tensor(b!)? "
       "filled=None) -> ()");
 }
@@ -416,9 +174,5 @@ STABLE_TORCH_LIBRARY(codir_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(codir_fast, CPU, m) {
   m.impl("masked_pool", TORCH_BOX(&codir_fast::masked_pool));
   m.impl("masked_pool_backward", TORCH_BOX(&codir_fast::masked_pool_backward));
-  m.impl("bank_contrast", TORCH_BOX(&codir_fast::bank_contrast));
-  m.impl("bank_contrast_backward", TORCH_BOX(&codir_fast::bank_contrast_backward));
-  m.impl("indexed_contrast", TORCH_BOX(&codir_fast::indexed_contrast));
-  m.impl("indexed_contrast_backward", TORCH_BOX(&codir_fast::indexed_contrast_backward));
   m.impl("bank_update", TORCH_BOX(&codir_fast::bank_update));
 }

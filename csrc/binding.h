@@ -26,6 +26,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+inline void check_status(Status status, const char* op) {
+  STD_TORCH_CHECK(status != Status::kOutOfMemory, op,
+                  ": out of memory for the kernel's scratch space");
+  STD_TORCH_CHECK(status == Status::kOk, op, ": combination of dtypes is not supported");
+}
+
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:

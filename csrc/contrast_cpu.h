@@ -1,4 +1,4 @@
-// What the drivers of bank_contrast and indexed_contrast share on the CPU: memory, ranges of work,
+// What the drivers of the contrastive operators share on the CPU: memory, ranges of work,
 // and the end of a query, from partial sums over ranges of negatives to loss and gradients, in
 // double.
 #pragma once
@@ -31,18 +31,18 @@ Buffer<Element> allocate(std::int64_t size) {
   return Buffer<Element>(static_cast<Element*>(std::aligned_alloc(64, bytes)));
 }
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 struct Range {
   std::int64_t begin, end;
 };
 
-Range share(std::int64_t size, std::int64_t parts, std::int64_t part) {
+inline Range share(std::int64_t size, std::int64_t parts, std::int64_t part) {
   return {size * part / parts, size * (part + 1) / parts};
 }
 
 // Where the shift of a query's sums begins: NCE's stays there, InfoNCE's follows the maximum.
-double first_shift(const BankContrastInputs& in) {
+inline double first_shift(const BankContrastInputs& in) {
   return in.objective == Objective::kNce ? in.log_partition + std::log(in.noise_ratio + kNceEps)
                                          : -std::numeric_limits<double>::infinity();
 }
@@ -62,6 +62,26 @@ struct Tiling {
   std::int64_t lanes, tiles;
   std::int64_t size() const { return lanes * tiles; }
 };
+
+// As BankTask has them: each tile D-major.
+template <typename C>
+Buffer<C> pack_queries(const C* query, std::int64_t B, std::int64_t D, const Tiling& tiling) {
+  Buffer<C> packed = allocate<C>(tiling.size() * D);
+  if (packed == nullptr) return packed;
+  constexpr std::int64_t kColumns = 16;  // a cache line of each query at a time
+  for (std::int64_t first = 0; first < tiling.size(); first += tiling.lanes) {
+    C* tile = packed.get() + first * D;
+    for (std::int64_t begin = 0; begin < D; begin += kColumns) {
+      const std::int64_t end = std::min(begin + kColumns, D);
+      for (std::int64_t lane = 0; lane < tiling.lanes; ++lane) {
+        const std::int64_t i = first + lane;
+        for (std::int64_t d = begin; d < end; ++d)
+          tile[d * tiling.lanes + lane] = i < B ? query[i * D + d] : C{0};
+      }
+    }
+  }
+  return packed;
+}
 
 // Per range of rows: shift and total (tiling.size(),), weighted_rows (tiling.size() * D).
 template <typename C>
@@ -134,13 +154,14 @@ QuerySums add_ranges(double* weighted_row, const PartialSums<C>& sums, const Til
   return {std::isinf(shift) ? 0.0 : shift, total};
 }
 
-// log(1 + e^x) and its derivative.
+// log(1 + e^x) and its derivative; `excess` is the first less max(x, 0).
 struct Softplus {
-  double value, slope;
+  double value, slope, excess;
 
   explicit Softplus(double x) {
     const double e = std::exp(-std::abs(x));
-    value = std::max(x, 0.0) + std::log1p(e);
+    excess = std::log1p(e);
+    value = std::max(x, 0.0) + excess;
     slope = (x > 0 ? 1.0 : e) / (1.0 + e);
   }
 };
@@ -158,7 +179,7 @@ void finish_query(const BankContrastOutputs& outputs, const C* q, const C* p,
   const double log_sum = is_nce ? first_shift(in) : sums.shift + std::log(sums.total);
   const Softplus gap(log_sum - positive_logit);
   const double loss = is_nce ? gap.value + sums.total : gap.value;
-  const double lse = is_nce ? log_sum : positive_logit + loss;
+  const double lse = is_nce ? log_sum : std::max(log_sum, positive_logit) + gap.excess;
   const double weight = is_nce ? 1 : sums.total == 0 ? 0 : gap.slope / sums.total;
 
   static_cast<C*>(outputs.loss)[i] = static_cast<C>(loss);
@@ -170,7 +191,7 @@ void finish_query(const BankContrastOutputs& outputs, const C* q, const C* p,
                    {weight, gap.slope, in.inv_temperature}, in.D);
 }
 
-bool supported(DType dtype, DType bank_dtype) {
+inline bool supported(DType dtype, DType bank_dtype) {
   const bool is_double = dtype == DType::kFloat64;
   return (is_double || dtype == DType::kFloat32) && (is_double || bank_dtype != DType::kFloat64);
 }

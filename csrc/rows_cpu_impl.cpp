@@ -52,6 +52,13 @@ void gradients(C* __restrict dquery, C* __restrict dpositive, const C* __restric
   }
 }
 
+template <typename C>
+void difference(C* __restrict out, const double* __restrict sums, const C* __restrict row,
+                double slope, double factor, std::int64_t D) {
+  for (std::int64_t d = 0; d < D; ++d)
+    out[d] = static_cast<C>((sums[d] - slope * static_cast<double>(row[d])) * factor);
+}
+
 template <typename C, typename T>
 void unit_row(C* __restrict unit, double* inverse_norm, const T* __restrict row, std::int64_t D) {
   for (std::int64_t d = 0; d < D; ++d) unit[d] = static_cast<C>(to_compute(row[d]));
@@ -90,8 +97,9 @@ void unit_rows_backward(C* gradient, const C* unit, const double* inverse_norm, 
 }
 
 template <typename C>
-constexpr RowKernels<C> kKernels{dot<C, C>,    dot<C, double>, add<C>,
-                                 gradients<C>, unit_rows<C>,   unit_rows_backward<C>};
+constexpr RowKernels<C> kKernels{
+    dot<C, C>,    dot<C, double>,       add<C>, gradients<C>, difference<C>,
+    unit_rows<C>, unit_rows_backward<C>};
 
 }  // namespace
 

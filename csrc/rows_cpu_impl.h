@@ -23,6 +23,9 @@ struct RowKernels {
   void (*add)(double* sums, const C* row, std::int64_t stride, double factor, std::int64_t D);
   void (*gradients)(C* dquery, C* dpositive, const C* q, const C* p, const double* sums,
                     const QuerySlopes& slopes, std::int64_t D);
+  // out = factor * (sums - slope * row)
+  void (*difference)(C* out, const double* sums, const C* row, double slope, double factor,
+                     std::int64_t D);
   // As unit_rows.h has them.
   Status (*unit_rows)(C* unit, double* inverse_norm, const void* rows, std::int64_t N,
                       std::int64_t D, DType rows_dtype);

@@ -57,12 +57,19 @@ def test_backends_says_what_runs_here_and_why(monkeypatch):
     status = codir_fast.backends()
     assert tuple(status) == backend.NAMES
     assert status["torch"].available and status["cpu"].available
-    assert status["cpu"].ops == status["torch"].ops == backend.OPS
+    assert status["torch"].ops == backend.OPS
+    assert status["cpu"].ops == (*backend.OPS, "in_batch_contrast")
     assert all(isinstance(entry.reason, str) and entry.reason for entry in status.values())
     assert status["cuda"].ops == ("masked_pool", "bank_contrast")
     if not torch.cuda.is_available():
         assert not status["triton"].available and "CUDA GPU" in status["triton"].reason
         assert not status["cuda"].available and "CUDA" in status["cuda"].reason
+
+
+def test_who_fuses_in_batch_losses():
+    assert backend.fuses_in_batch("auto", CPU) and backend.fuses_in_batch("cpu", CPU)
+    assert not backend.fuses_in_batch("torch", CPU)
+    assert not backend.fuses_in_batch("auto", Like(torch.device("meta")))
 
 
 @pytest.mark.parametrize("op", backend.OPS)

@@ -220,7 +220,7 @@ def test_temperature_tensor_gets_its_gradient():
 def test_second_derivative_raises():
     q, p = pair()
     (first,) = torch.autograd.grad(contrastive_loss(q, p), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="bank_contrast has no second derivative"):
+    with pytest.raises(RuntimeError, match="in_batch_contrast has no second derivative"):
         first.square().sum().backward()
 
 

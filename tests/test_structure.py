@@ -42,7 +42,14 @@ LEVELS = {
     "__main__": 6,
     "__init__": 6,
 }
-BINDINGS = ("binding", "binding_cuda", "module")
+BINDINGS = (
+    "binding",
+    "binding_contrast",
+    "binding_cuda",
+    "binding_in_batch",
+    "binding_rows",
+    "module",
+)
 HEAVY = {"triton", "transformers", "datasets", "accelerate", "matplotlib"}
 
 
@@ -129,7 +136,8 @@ def test_one_operator_one_name():
     """The name of an op finds its specification, schema, Python face and test."""
     binding = (ROOT / "csrc" / "binding.cpp").read_text(encoding="utf-8")
     reference = (PACKAGE / "reference.py").read_text(encoding="utf-8")
-    for op in ("masked_pool", "bank_contrast", "bank_update"):
+    operators = ("masked_pool", "bank_contrast", "in_batch_contrast", "indexed_contrast")
+    for op in (*operators, "bank_update"):
         assert f"def {op}(" in reference and f'"{op}(' in binding
         assert (PACKAGE / "ops" / f"{op}.py").is_file()
         assert (ROOT / "tests" / f"test_{op}.py").is_file()

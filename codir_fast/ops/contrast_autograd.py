@@ -8,6 +8,7 @@ from torch import Tensor
 
 from codir_fast.ops import registration
 from codir_fast.ops.contrast import Outputs, compute_dtype, wide
+from codir_fast.ops.loss_autograd import add_loss
 
 
 def add_contrast_backend(op: str, backend: str) -> Callable[[tuple[Any, ...], str], Tensor]:
@@ -20,7 +21,13 @@ def add_contrast_backend(op: str, backend: str) -> Callable[[tuple[Any, ...], st
     run = registration.overload(op, backend)
     backward = registration.overload(f"{op}_backward", backend)
 
-    def save(ctx: Any, vectors: tuple[Tensor, ...], rest: tuple[Any, ...], output: Outputs) -> None:
+    def save(
+        ctx: Any,
+        vectors: tuple[Tensor, ...],
+        rest: tuple[Any, ...],
+        output: Outputs,
+        needs: tuple[bool, ...],
+    ) -> None:
         query, positive, bank, inv_temperature = vectors
         *picks, num_noise, num_data, normalize = rest
         for pick in picks:
@@ -30,7 +37,6 @@ def add_contrast_backend(op: str, backend: str) -> Callable[[tuple[Any, ...], st
                 )
         _, lse, dquery, dpositive, dinv_temperature = output
         ctx.set_materialize_grads(False)
-        needs = ctx.needs_input_grad
         ctx.options = (num_noise, num_data, normalize)
         ctx.dtypes = query.dtype, positive.dtype
         # First what a second derivative would depend on, to refuse it. (B, .) tensors only, unless
@@ -72,80 +78,9 @@ def add_contrast_backend(op: str, backend: str) -> Callable[[tuple[Any, ...], st
         given = (*saved[: ctx.num_given], grad_loss)
         return registration.first_derivative_only(op, grads, given)
 
-    # What torch.library registers costs 60 us a call and is passed by under functorch's transforms
-    # (torch.func.grad and its kin); an autograd.Function is not. torch.compile wants the operator.
-    class Eager(torch.autograd.Function):
-        """The reduced loss, so that autograd has one step where it would have two."""
-
-        @staticmethod
-        def forward(
-            ctx: Any,
-            query: Tensor,
-            positive: Tensor,
-            bank: Tensor,
-            inv_temperature: Tensor,
-            rest: tuple[Any, ...],
-            reduction: str,
-        ) -> Tensor:
-            vectors = (query, positive, bank, inv_temperature)
-            with torch._C._AutoDispatchBelowAutograd():
-                output = run(*vectors, *rest)
-            save(ctx, vectors, rest, output)
-            ctx.divisor = query.shape[0] if reduction == "mean" else 1  # len() would be no symbol
-            return reduced(output[0], reduction)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor | None) -> Any:
-            if grad is not None and ctx.divisor != 1:
-                grad = grad / ctx.divisor
-            return *differentiate(ctx, grad), None, None
-
-        jvp = registration.refuse_forward_mode(run.name())
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
-        ctx.num_rest = len(inputs) - 4
-        ctx.mark_non_differentiable(*output[1:])
-        save(ctx, inputs[:4], inputs[4:], output)
-
-    def differentiate_op(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Any, ...]:
-        return *differentiate(ctx, grad_loss), *(None,) * ctx.num_rest
-
-    class Transformed(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*inputs: Any) -> Any:
-            return run(*inputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_context(ctx, inputs, output)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return differentiate_op(ctx, *grads)
-
-        jvp = registration.refuse_forward_mode(run.name())
-
     registration.register_fake(run, _fake)
     registration.register_fake(backward, _fake_backward)
-    registration.register_autograd(run, setup_context, differentiate_op)
-
-    def loss_of(inputs: tuple[Any, ...], reduction: str) -> Tensor:
-        if torch.compiler.is_compiling():
-            return reduced(run(*inputs)[0], reduction)
-        if registration.under_functorch():
-            return reduced(Transformed.apply(*inputs)[0], reduction)
-        return Eager.apply(*inputs[:4], inputs[4:], reduction)
-
-    return loss_of
-
-
-def reduced(loss: Tensor, reduction: str) -> Tensor:
-    """Losses (B,) as they are ("none"), their "mean" or their "sum"."""
-    if reduction == "none":
-        return loss
-    return loss.mean() if reduction == "mean" else loss.sum()
+    return add_loss(run, 4, save, differentiate)
 
 
 def _chained(

@@ -1,10 +1,12 @@
-// unit_rows and the gradient through it against their definitions in double.
+// unit_rows and the gradient through it against their definitions in double, one thread and
+// several.
 #include <cmath>
 #include <limits>
 #include <random>
 #include <vector>
 
 #include "check.h"
+#include "executors.h"
 #include "storage.h"
 #include "unit_rows.h"
 
@@ -30,9 +32,9 @@ void test_against_definition(DType rows_dtype, DType dtype, double tolerance, st
   const std::vector<C> before = gradient;
   std::vector<double> inverse_norm(N);
   CHECK(unit_rows_cpu(unit.data(), inverse_norm.data(), rows.data(), N, D, rows_dtype, dtype,
-                      isa) == Status::kOk);
+                      threads(3), isa) == Status::kOk);
   CHECK(unit_rows_backward_cpu(gradient.data(), unit.data(), inverse_norm.data(), N, D, dtype,
-                               isa) == Status::kOk);
+                               threads(3), isa) == Status::kOk);
   for (std::int64_t n = 0; n < N; ++n) {
     const auto row = [&](std::int64_t d) {
       return static_cast<double>(to_compute(rows[n * D + d]));
@@ -48,13 +50,13 @@ void test_against_definition(DType rows_dtype, DType dtype, double tolerance, st
       CHECK_CLOSE(gradient[n * D + d] * divisor, projected, 10 * tolerance);
     }
   }
-  CHECK(unit_rows_cpu(unit.data(), nullptr, rows.data(), N, D, rows_dtype, dtype, isa) ==
-        Status::kOk);
+  CHECK(unit_rows_cpu(unit.data(), nullptr, rows.data(), N, D, rows_dtype, dtype, threads(3),
+                      isa) == Status::kOk);
   for (std::int64_t n = 0; n < N * D; ++n)
     CHECK(unit[n] == static_cast<C>(to_compute(rows[n])));  // converted alone
   from_compute(std::numeric_limits<Compute<T>>::quiet_NaN(), &rows[0]);
   CHECK(unit_rows_cpu(unit.data(), inverse_norm.data(), rows.data(), N, D, rows_dtype, dtype,
-                      isa) == Status::kOk);
+                      threads(3), isa) == Status::kOk);
   CHECK(std::isnan(inverse_norm[0]) && !std::isnan(inverse_norm[3]));
   for (std::int64_t d = 0; d < D; ++d) CHECK(std::isnan(unit[d]) && !std::isnan(unit[3 * D + d]));
 }
@@ -64,7 +66,7 @@ void test_against_definition(DType rows_dtype, DType dtype, double tolerance, st
 int main() {
   for (int n = 0; n <= static_cast<int>(widest_isa()); ++n) {
     const Isa isa = Isa(n);
-    for (const std::int64_t D : {1, 5, 64, 131}) {
+    for (const std::int64_t D : {1, 5, 64, 131, 5000}) {  // the last: a part to each thread
       test_against_definition<float, float>(DType::kFloat32, DType::kFloat32, 1e-6, D, isa);
       test_against_definition<double, double>(DType::kFloat64, DType::kFloat64, 1e-14, D, isa);
       test_against_definition<BFloat16, float>(DType::kBFloat16, DType::kFloat32, 1e-6, D, isa);

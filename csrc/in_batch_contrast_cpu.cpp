@@ -1,0 +1,302 @@
+// in_batch_contrast on the CPU: packs the queries, spreads tiles of them over threads, adds the
+// partial sums in a fixed order and finishes positives, losses and gradients in double. The passes
+// themselves are in_batch_contrast_cpu_impl.cpp.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <type_traits>
+
+#include "contrast_cpu.h"
+#include "in_batch_contrast.h"
+#include "in_batch_contrast_cpu_impl.h"
+
+namespace codir_fast {
+namespace {
+
+template <typename C>
+const InBatchKernels<C>& kernels(Isa isa) {
+  constexpr bool is_float = std::is_same_v<C, float>;
+#if CODIR_FAST_X86_DISPATCH
+  if (isa == Isa::kAvx512) {
+    if constexpr (is_float)
+      return avx512::kInBatchKernelsFloat;
+    else
+      return avx512::kInBatchKernelsDouble;
+  }
+  if (isa == Isa::kAvx2) {
+    if constexpr (is_float)
+      return avx2::kInBatchKernelsFloat;
+    else
+      return avx2::kInBatchKernelsDouble;
+  }
+#endif
+  static_cast<void>(isa);
+  if constexpr (is_float)
+    return baseline::kInBatchKernelsFloat;
+  else
+    return baseline::kInBatchKernelsDouble;
+}
+
+// How the work is spread: each thread has a group of tiles of queries, and all rows.
+struct Plan {
+  Tiling tiling;
+  std::int64_t groups;
+
+  Range tiles(std::int64_t group) const { return share(tiling.tiles, groups, group); }
+};
+
+// The least work for the thread that has most; then few lanes without a query; then wide tiles.
+template <typename C>
+Plan plan(const InBatchKernels<C>& kernel, const InBatchContrastInputs& in, int num_threads) {
+  constexpr std::int64_t kWorthThreads = 1 << 19;  // products; fewer are done before one starts
+  const std::int64_t threads = in.B * in.B * in.D < kWorthThreads ? 1 : num_threads;
+  Plan best{};
+  std::int64_t best_work = std::numeric_limits<std::int64_t>::max();
+  for (std::int64_t vectors = kernel.max_tile_vectors; vectors >= 1; --vectors) {
+    const std::int64_t lanes = vectors * kernel.vector_lanes, tiles = ceil_div(in.B, lanes);
+    const std::int64_t groups = std::min(tiles, threads), work = ceil_div(tiles, groups) * lanes;
+    if (work < best_work || (work == best_work && lanes * tiles < best.tiling.size())) {
+      best = {{lanes, tiles}, groups};
+      best_work = work;
+    }
+  }
+  return best;
+}
+
+// The positive keys as the rows that a pass reads, each no negative of its own query.
+template <typename C>
+struct Rows {
+  Buffer<std::int64_t> own;
+  BankContrastInputs view;
+
+  explicit Rows(const InBatchContrastInputs& in)
+      : own(allocate<std::int64_t>(in.B)), view{in.query,
+                                                in.positive,
+                                                nullptr,
+                                                in.labels,
+                                                in.labels,
+                                                own.get(),
+                                                nullptr,
+                                                in.B,
+                                                in.B,
+                                                in.D,
+                                                in.dtype,
+                                                in.dtype,
+                                                in.inv_temperature,
+                                                Objective::kInfoNce,
+                                                0.0,
+                                                1.0} {
+    if (own) std::iota(own.get(), own.get() + in.B, std::int64_t{0});
+  }
+};
+
+// The sums of one direction of query or key i over its negatives, relative to e^shift, from `parts`
+// that lie `stride` apart.
+template <typename C>
+QuerySums add_parts(const C* shift, const double* total, std::int64_t parts, std::int64_t stride) {
+  QuerySums sums{-std::numeric_limits<double>::infinity(), 0};
+  for (std::int64_t n = 0; n < parts; ++n) {
+    if (total[n * stride] != 0) sums.shift = std::max<double>(sums.shift, shift[n * stride]);
+  }
+  if (std::isinf(sums.shift)) sums.shift = 0;
+  for (std::int64_t n = 0; n < parts; ++n) {
+    if (total[n * stride] == 0) continue;  // its shift means nothing
+    sums.total += total[n * stride] * std::exp(static_cast<double>(shift[n * stride]) - sums.shift);
+  }
+  return sums;
+}
+
+template <typename C>
+Status forward(C* loss, const InBatchShares<double>& shares, const InBatchContrastInputs& in,
+               const Executor& executor, Isa isa) {
+  const InBatchKernels<C>& kernel = kernels<C>(isa);
+  const RowKernels<C>& of_rows = row_kernels<C>(isa);
+  const C *query = static_cast<const C*>(in.query), *key = static_cast<const C*>(in.positive);
+  const Plan plan = codir_fast::plan(kernel, in, executor.num_threads);
+  const std::int64_t lanes = plan.tiling.lanes, groups = plan.groups;
+  const std::int64_t columns = in.symmetric ? groups * in.B : 0;
+  const std::int64_t scratch_size = kernel.scratch_size(lanes, in.D, 0);
+
+  const Rows<C> rows(in);
+  const Buffer<C> packed = pack_queries(query, in.B, in.D, plan.tiling);
+  const Buffer<C> scratch = allocate<C>(groups * scratch_size);
+  const Buffer<C> shift = allocate<C>(plan.tiling.size());
+  const Buffer<double> total = allocate<double>(plan.tiling.size());
+  const Buffer<double> column_shift = allocate<double>(columns);
+  const Buffer<double> column_total = allocate<double>(columns);
+  if (!rows.own || !packed || !scratch || !shift || !total || !column_shift || !column_total)
+    return Status::kOutOfMemory;
+
+  executor.parallel_for(groups, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t n = begin; n < end; ++n) {
+      const Range tiles = plan.tiles(n);
+      InBatchSums<C> sums{shift.get() + tiles.begin * lanes, total.get() + tiles.begin * lanes,
+                          nullptr, nullptr};
+      if (in.symmetric) {
+        sums.column_shift = column_shift.get() + n * in.B;
+        sums.column_total = column_total.get() + n * in.B;
+      }
+      kernel.scan(sums, {packed.get(), &rows.view, lanes, tiles.begin, tiles.end, 0, in.B,
+                         scratch.get() + n * scratch_size});
+    }
+  });
+  for (std::int64_t i = 0; i < in.B; ++i) {
+    const double positive_logit =
+        of_rows.dot(query + i * in.D, key + i * in.D, in.D) * in.inv_temperature;
+    const auto finish = [&](const QuerySums& sums, std::int64_t at) {
+      const double log_sum = sums.shift + std::log(sums.total);
+      const Softplus gap(log_sum - positive_logit);
+      shares.lse[at] = std::max(log_sum, positive_logit) + gap.excess;
+      shares.negative_share[at] = gap.slope;
+      return gap.value;
+    };
+    double value = finish(add_parts(shift.get() + i, total.get() + i, 1, 0), i);
+    if (in.symmetric) {
+      const QuerySums of_column =
+          add_parts(column_shift.get() + i, column_total.get() + i, groups, in.B);
+      value = (value + finish(of_column, in.B + i)) / 2;
+    }
+    loss[i] = static_cast<C>(value);
+  }
+  return Status::kOk;
+}
+
+// InBatchWeights, and the memory that they lie in.
+template <typename C>
+struct WeightBuffers {
+  Buffer<C> high, low, coefficient;
+
+  // For `size` numbers, of which the first B are given, and the others `past` and zeros.
+  WeightBuffers(std::int64_t size, std::int64_t B, const double* lse, const C* grad_loss,
+                double factor, C past)
+      : high(allocate<C>(size)), low(allocate<C>(size)), coefficient(allocate<C>(size)) {
+    if (!allocated()) return;
+    for (std::int64_t i = 0; i < size; ++i) {
+      const SplitLse<C> split(i < B ? lse[i] : static_cast<double>(past));
+      high[i] = split.high;
+      low[i] = i < B ? split.low : C{0};
+      coefficient[i] = i < B ? static_cast<C>(static_cast<double>(grad_loss[i]) * factor) : C{0};
+    }
+  }
+
+  bool allocated() const { return high && low && coefficient; }
+  InBatchWeights<C> view() const { return {high.get(), low.get(), coefficient.get()}; }
+};
+
+template <typename C>
+Status backward(const InBatchGradients& out, const C* grad_loss,
+                const InBatchShares<const double>& shares, const InBatchContrastInputs& in,
+                const Executor& executor, Isa isa) {
+  // What the groups of queries have for the positive keys at a time, lest it grows with both.
+  constexpr std::int64_t kPartialSums = 1 << 22, kRows = 126;  // of a pass's largest block
+  const InBatchKernels<C>& kernel = kernels<C>(isa);
+  const RowKernels<C>& of_rows = row_kernels<C>(isa);
+  const C *query = static_cast<const C*>(in.query), *key = static_cast<const C*>(in.positive);
+  C *dquery = static_cast<C*>(out.dquery), *dpositive = static_cast<C*>(out.dpositive);
+  const Plan plan = codir_fast::plan(kernel, in, executor.num_threads);
+  const std::int64_t lanes = plan.tiling.lanes, size = plan.tiling.size(), groups = plan.groups;
+  const std::int64_t columns = kernel.padded_dim(in.D);
+  const std::int64_t scratch_size =
+      kernel.scratch_size(lanes, in.D, ceil_div(plan.tiling.tiles, groups));
+  const std::int64_t fit = kPartialSums / (groups * columns) / kRows * kRows;
+  const std::int64_t chunk = std::min(in.B, std::max(kRows, fit));
+  const double factor = in.symmetric ? 0.5 : 1.0;
+
+  const Rows<C> rows(in);
+  const Buffer<C> packed = pack_queries(query, in.B, in.D, plan.tiling);
+  const Buffer<C> scratch = allocate<C>(groups * scratch_size);
+  const Buffer<C> row_query = allocate<C>(size * columns);
+  const Buffer<C> query_sums = allocate<C>(size * in.D);
+  const Buffer<C> positive_sums = allocate<C>(groups * chunk * columns);
+  const WeightBuffers<C> of_lanes(size, in.B, shares.lse, grad_loss, factor,
+                                  std::numeric_limits<C>::infinity());
+  const WeightBuffers<C> of_columns(in.symmetric ? in.B + kRowsBeyond : 0, in.B, shares.lse + in.B,
+                                    grad_loss, factor, C{0});
+  const Buffer<double> slope = allocate<double>(in.B), dinv_temperature = allocate<double>(in.B);
+  const Buffer<double> sums = allocate<double>(executor.num_threads * in.D);
+  if (!rows.own || !packed || !scratch || !row_query || !query_sums || !positive_sums ||
+      !of_lanes.allocated() || !of_columns.allocated() || !slope || !dinv_temperature || !sums)
+    return Status::kOutOfMemory;
+  std::fill_n(query_sums.get(), size * in.D, C{0});
+  std::fill_n(row_query.get(), size * columns, C{0});
+  for (std::int64_t i = 0; i < in.B; ++i) {
+    std::copy_n(query + i * in.D, in.D, row_query.get() + i * columns);
+    slope[i] = shares.negative_share[i] + (in.symmetric ? shares.negative_share[in.B + i] : 0.0);
+    slope[i] *= factor * static_cast<double>(grad_loss[i]);
+  }
+  const InBatchWeights<C> no_weights{nullptr, nullptr, nullptr};
+  constexpr std::int64_t kWorthThreads = 1 << 14;  // elements; fewer are done before one starts
+  const auto for_each = [&](std::int64_t first, std::int64_t last, const auto& finish) {
+    const std::int64_t parts = (last - first) * in.D < kWorthThreads ? 1 : executor.num_threads;
+    executor.parallel_for(parts, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t n = begin; n < end; ++n) {
+        const Range range = share(last - first, parts, n);
+        for (std::int64_t i = first + range.begin; i < first + range.end; ++i) {
+          double* const row = sums.get() + n * in.D;
+          std::fill_n(row, in.D, 0.0);
+          finish(row, i);
+        }
+      }
+    });
+  };
+
+  for (std::int64_t first = 0; first < in.B; first += chunk) {
+    const std::int64_t last = std::min(in.B, first + chunk);
+    executor.parallel_for(groups, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t n = begin; n < end; ++n) {
+        const Range tiles = plan.tiles(n);
+        kernel.backward({query_sums.get() + tiles.begin * lanes * in.D,
+                         positive_sums.get() + n * chunk * columns, row_query.get(),
+                         of_lanes.view(), in.symmetric ? of_columns.view() : no_weights},
+                        {packed.get(), &rows.view, lanes, tiles.begin, tiles.end, first, last,
+                         scratch.get() + n * scratch_size});
+      }
+    });
+    for_each(first, last, [&](double* row, std::int64_t i) {
+      const C* part = positive_sums.get() + (i - first) * columns;
+      for (std::int64_t n = 0; n < groups; ++n)
+        of_rows.add(row, part + n * chunk * columns, 1, 1.0, in.D);
+      of_rows.difference(dpositive + i * in.D, row, query + i * in.D, slope[i], in.inv_temperature,
+                         in.D);
+    });
+  }
+  for_each(0, in.B, [&](double* row, std::int64_t i) {
+    const C *q = query + i * in.D, *p = key + i * in.D;
+    of_rows.add(row, query_sums.get() + i / lanes * lanes * in.D + i % lanes, lanes, 1.0, in.D);
+    of_rows.difference(dquery + i * in.D, row, p, slope[i], in.inv_temperature, in.D);
+    dinv_temperature[i] = of_rows.dot_sums(q, row, in.D) - slope[i] * of_rows.dot(q, p, in.D);
+  });
+  *static_cast<C*>(out.dinv_temperature) =
+      static_cast<C>(std::accumulate(dinv_temperature.get(), dinv_temperature.get() + in.B, 0.0));
+  return Status::kOk;
+}
+
+}  // namespace
+
+Status in_batch_contrast_cpu(void* loss, const InBatchShares<double>& shares,
+                             const InBatchContrastInputs& inputs, const Executor& executor,
+                             Isa isa) {
+  if (!supported(inputs.dtype, inputs.dtype)) return Status::kUnsupportedDType;
+  if (inputs.B == 0) return Status::kOk;
+  return in_dtype(inputs.dtype, [&](auto zero) {
+    return forward(static_cast<decltype(zero)*>(loss), shares, inputs, executor, isa);
+  });
+}
+
+Status in_batch_contrast_backward_cpu(const InBatchGradients& out, const void* grad_loss,
+                                      const InBatchShares<const double>& shares,
+                                      const InBatchContrastInputs& inputs, const Executor& executor,
+                                      Isa isa) {
+  if (!supported(inputs.dtype, inputs.dtype)) return Status::kUnsupportedDType;
+  return in_dtype(inputs.dtype, [&](auto zero) {
+    using C = decltype(zero);
+    if (inputs.B == 0) {
+      *static_cast<C*>(out.dinv_temperature) = 0;
+      return Status::kOk;
+    }
+    return backward(out, static_cast<const C*>(grad_loss), shares, inputs, executor, isa);
+  });
+}
+
+}  // namespace codir_fast
