@@ -4,7 +4,13 @@ from dataclasses import dataclass
 
 from codir_fast.errors import UsageError
 
-OPERATORS = ("bank_contrast", "indexed_contrast", "masked_pool", "masked_pool_backward")
+OPERATORS = (
+    "bank_contrast",
+    "in_batch_contrast",
+    "indexed_contrast",
+    "masked_pool",
+    "masked_pool_backward",
+)
 
 
 @dataclass(frozen=True)
@@ -19,14 +25,20 @@ class Shape:
 
     @property
     def flop(self) -> int:
-        """Of the two products that loss and gradient need; 0 where bytes are what counts."""
+        """Of the products that loss and gradients need: two, in-batch three, of which both ways
+        share each; 0 where bytes are what counts.
+        """
         s = self.sizes
+        if self.operator == "in_batch_contrast":
+            return 6 * s["B"] ** 2 * s["D"]
         return 4 * s["B"] * s["K"] * s["D"] if self.operator == "bank_contrast" else 0
 
     @property
     def num_elements(self) -> int:
         """Of the largest input: positives and bank, or the states of all layers."""
         s = self.sizes
+        if self.operator == "in_batch_contrast":
+            return 2 * s["B"] * s["D"]
         return (s["B"] + s["K"]) * s["D"] if "D" in s else s["L"] * s["B"] * s["T"] * s["H"]
 
     def bytes(self, itemsize: int) -> int:
@@ -34,6 +46,8 @@ class Shape:
         s = self.sizes
         if self.operator == "bank_contrast":
             return itemsize * s["K"] * s["D"]
+        if self.operator == "in_batch_contrast":
+            return itemsize * self.num_elements
         if self.operator == "indexed_contrast":
             return itemsize * s["B"] * s["M"] * s["D"]
         every = itemsize * s["L"] * s["B"] * s["T"] * s["H"]
@@ -63,6 +77,8 @@ SHAPES = (
     bank("clip", 4096, 1048576, 128, "a large batch and a large bank", gpu_only=True),
     bank("narrow", 4096, 65536, 64, "more exponentials than products", gpu_only=True),
     bank("broad", 4096, 65536, 256, "a wide embedding", gpu_only=True),
+    Shape("pairs", "in_batch_contrast", {"B": 64, "D": 384}, "a batch of pairs of sentences"),
+    Shape("batch", "in_batch_contrast", {"B": 1024, "D": 512}, "images and their texts, as CLIP"),
     Shape(
         "crd",
         "indexed_contrast",

@@ -98,11 +98,12 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
   const std::int64_t scratch_size =
       kernel.scratch_size(tiling.lanes, in.D, ceil_div(tiling.tiles, grid.tile_groups));
 
-  const Buffer<C> packed = pack_queries(query, in.B, in.D, tiling);
+  const Buffer<C> packed = allocate<C>(tiling.size() * in.D);
   const Buffer<C> scratch = allocate<C>(tasks * scratch_size);
   const Buffer<double> weighted_rows = allocate<double>(executor.num_threads * in.D);
   const PartialSums<C> sums(grid.row_ranges, tiling, in);
   if (!packed || !scratch || !weighted_rows || !sums.allocated()) return Status::kOutOfMemory;
+  pack_queries(packed.get(), query, in.B, in.D, tiling);
   if (in.objective == Objective::kInfoNce) bound_shifts(sums, in, grid.row_ranges, tiling, of_rows);
 
   executor.parallel_for(tasks, [&](std::int64_t begin, std::int64_t end) {
@@ -144,13 +145,14 @@ Status backward(void* dbank, const C* grad_loss, const double* lse, const BankCo
   const std::int64_t columns = kernel.padded_dim(in.D), tasks = executor.num_threads;
   const std::int64_t scratch_size = kernel.scratch_size(tiling.lanes, in.D, 0);
 
-  const Buffer<C> packed = pack_queries(query, in.B, in.D, tiling);
+  const Buffer<C> packed = allocate<C>(tiling.size() * in.D);
   const Buffer<C> scratch = allocate<C>(tasks * scratch_size);
   const Buffer<C> row_query = allocate<C>(tiling.size() * columns);
   const Buffer<C> coefficient = allocate<C>(tiling.size());
   const Buffer<C> lse_high = allocate<C>(tiling.size()), lse_low = allocate<C>(tiling.size());
   if (!packed || !scratch || !row_query || !coefficient || !lse_high || !lse_low)
     return Status::kOutOfMemory;
+  pack_queries(packed.get(), query, in.B, in.D, tiling);
   std::fill_n(row_query.get(), tiling.size() * columns, C{0});
   for (std::int64_t i = 0; i < tiling.size(); ++i) {
     coefficient[i] = i < in.B ? grad_loss[i] * static_cast<C>(in.inv_temperature) : C{0};

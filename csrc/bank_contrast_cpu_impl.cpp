@@ -226,7 +226,7 @@ void backward_tiles(const Objective& objective, const BankGradient<C>& out,
                                          out.coefficient + tile * lanes};
       visit_products<NV>(use, scratch.products, task, tile, block, tile == task.tile_begin);
       add_queries(run, columns, scratch.products, block.size,
-                  out.row_query + tile * lanes * columns, lanes);
+                  out.row_query + tile * lanes * columns, lanes, lanes);
       const bool ends =
           tile + 1 == task.tile_end || (tile + 1 - task.tile_begin) % tiles_per_run == 0;
       if (!is_one_run && ends) end_run(gradient, run, size);

@@ -212,10 +212,11 @@ void add_weighted_rows(C* sums, const C* weights, const Block<C>& block, std::in
     column_product<1, NV>(sums + d * lanes, lanes, block.rows, d, block.size, weights, lanes);
 }
 
-// gradient (num_rows, columns) += coefficients (num_rows, lanes) x queries (lanes, columns).
+// gradient (num_rows, columns) += coefficients (num_rows, lanes) x queries (lanes, columns), of
+// which num_queries lanes are queries.
 template <typename C>
 void add_queries(C* gradient, std::int64_t columns, const C* coefficients, std::int64_t num_rows,
-                 const C* queries, std::int64_t lanes) {
+                 const C* queries, std::int64_t lanes, std::int64_t num_queries) {
   constexpr int NV = kMaxTileVectors, MR = tile_rows(NV), MR1 = tile_rows(1);
   const C* rows[kMaxBlockRows + kMaxTileRows];
   for (std::int64_t k = 0; k < num_rows + kMaxTileRows; ++k) rows[k] = coefficients + k * lanes;
@@ -223,13 +224,13 @@ void add_queries(C* gradient, std::int64_t columns, const C* coefficients, std::
   for (; column + NV * kLanes<C> <= columns; column += NV * kLanes<C>) {
     for (std::int64_t k = 0; k < num_rows; k += MR) {
       row_product<MR, NV>(gradient + k * columns + column, columns, rows + k, queries + column,
-                          columns, 0, lanes, true, nullptr, 0);
+                          columns, 0, num_queries, true, nullptr, 0);
     }
   }
   for (; column < columns; column += kLanes<C>) {
     for (std::int64_t k = 0; k < num_rows; k += MR1) {
       row_product<MR1, 1>(gradient + k * columns + column, columns, rows + k, queries + column,
-                          columns, 0, lanes, true, nullptr, 0);
+                          columns, 0, num_queries, true, nullptr, 0);
     }
   }
 }

@@ -6,10 +6,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "bank_contrast.h"
 #include "rows_cpu_impl.h"
@@ -32,6 +35,34 @@ Buffer<Element> allocate(std::int64_t size) {
 }
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// One allocation for all the arrays of a call: the program's allocator keeps it for the next call,
+// where it would hand several of that size back to the system, and take them again page by page.
+class Workspace {
+ public:
+  // `array` will point at `size` elements, uninitialised and on a cache line.
+  template <typename Element>
+  void add(Element*& array, std::int64_t size) {
+    arrays_.push_back({&array, bytes_});
+    bytes_ += (size * static_cast<std::int64_t>(sizeof(Element)) + 63) / 64 * 64;
+  }
+
+  // Once all are added; false when there is no memory.
+  bool allocate() {
+    memory_ = codir_fast::allocate<char>(bytes_);
+    if (!memory_) return false;
+    for (const auto& [array, offset] : arrays_) {
+      const char* const at = memory_.get() + offset;
+      std::memcpy(array, &at, sizeof(at));
+    }
+    return true;
+  }
+
+ private:
+  Buffer<char> memory_;
+  std::int64_t bytes_ = 0;
+  std::vector<std::pair<void*, std::int64_t>> arrays_;
+};
 
 struct Range {
   std::int64_t begin, end;
@@ -65,12 +96,10 @@ struct Tiling {
 
 // As BankTask has them: each tile D-major.
 template <typename C>
-Buffer<C> pack_queries(const C* query, std::int64_t B, std::int64_t D, const Tiling& tiling) {
-  Buffer<C> packed = allocate<C>(tiling.size() * D);
-  if (packed == nullptr) return packed;
+void pack_queries(C* packed, const C* query, std::int64_t B, std::int64_t D, const Tiling& tiling) {
   constexpr std::int64_t kColumns = 16;  // a cache line of each query at a time
   for (std::int64_t first = 0; first < tiling.size(); first += tiling.lanes) {
-    C* tile = packed.get() + first * D;
+    C* tile = packed + first * D;
     for (std::int64_t begin = 0; begin < D; begin += kColumns) {
       const std::int64_t end = std::min(begin + kColumns, D);
       for (std::int64_t lane = 0; lane < tiling.lanes; ++lane) {
@@ -80,7 +109,6 @@ Buffer<C> pack_queries(const C* query, std::int64_t B, std::int64_t D, const Til
       }
     }
   }
-  return packed;
 }
 
 // Per range of rows: shift and total (tiling.size(),), weighted_rows (tiling.size() * D).

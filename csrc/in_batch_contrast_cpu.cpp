@@ -49,7 +49,7 @@ struct Plan {
 // The least work for the thread that has most; then few lanes without a query; then wide tiles.
 template <typename C>
 Plan plan(const InBatchKernels<C>& kernel, const InBatchContrastInputs& in, int num_threads) {
-  constexpr std::int64_t kWorthThreads = 1 << 19;  // products; fewer are done before one starts
+  constexpr std::int64_t kWorthThreads = 1 << 21;  // products; fewer are done before one starts
   const std::int64_t threads = in.B * in.B * in.D < kWorthThreads ? 1 : num_threads;
   Plan best{};
   std::int64_t best_work = std::numeric_limits<std::int64_t>::max();
@@ -64,32 +64,27 @@ Plan plan(const InBatchKernels<C>& kernel, const InBatchContrastInputs& in, int 
   return best;
 }
 
-// The positive keys as the rows that a pass reads, each no negative of its own query.
-template <typename C>
-struct Rows {
-  Buffer<std::int64_t> own;
-  BankContrastInputs view;
-
-  explicit Rows(const InBatchContrastInputs& in)
-      : own(allocate<std::int64_t>(in.B)), view{in.query,
-                                                in.positive,
-                                                nullptr,
-                                                in.labels,
-                                                in.labels,
-                                                own.get(),
-                                                nullptr,
-                                                in.B,
-                                                in.B,
-                                                in.D,
-                                                in.dtype,
-                                                in.dtype,
-                                                in.inv_temperature,
-                                                Objective::kInfoNce,
-                                                0.0,
-                                                1.0} {
-    if (own) std::iota(own.get(), own.get() + in.B, std::int64_t{0});
-  }
-};
+// The positive keys as the rows that a pass reads, each no negative of its own query; `own` will
+// hold their numbers.
+BankContrastInputs as_rows(const InBatchContrastInputs& in, std::int64_t* own) {
+  std::iota(own, own + in.B, std::int64_t{0});
+  return {in.query,
+          in.positive,
+          nullptr,
+          in.labels,
+          in.labels,
+          own,
+          nullptr,
+          in.B,
+          in.B,
+          in.D,
+          in.dtype,
+          in.dtype,
+          in.inv_temperature,
+          Objective::kInfoNce,
+          0.0,
+          1.0};
+}
 
 // The sums of one direction of query or key i over its negatives, relative to e^shift, from `parts`
 // that lie `stride` apart.
@@ -116,29 +111,34 @@ Status forward(C* loss, const InBatchShares<double>& shares, const InBatchContra
   const Plan plan = codir_fast::plan(kernel, in, executor.num_threads);
   const std::int64_t lanes = plan.tiling.lanes, groups = plan.groups;
   const std::int64_t columns = in.symmetric ? groups * in.B : 0;
-  const std::int64_t scratch_size = kernel.scratch_size(lanes, in.D, 0);
+  const std::int64_t scratch_size = kernel.scratch_size(lanes, in.D, false);
 
-  const Rows<C> rows(in);
-  const Buffer<C> packed = pack_queries(query, in.B, in.D, plan.tiling);
-  const Buffer<C> scratch = allocate<C>(groups * scratch_size);
-  const Buffer<C> shift = allocate<C>(plan.tiling.size());
-  const Buffer<double> total = allocate<double>(plan.tiling.size());
-  const Buffer<double> column_shift = allocate<double>(columns);
-  const Buffer<double> column_total = allocate<double>(columns);
-  if (!rows.own || !packed || !scratch || !shift || !total || !column_shift || !column_total)
-    return Status::kOutOfMemory;
+  Workspace space;
+  C *packed, *scratch, *shift;
+  double *total, *column_shift, *column_total;
+  std::int64_t* own;
+  space.add(packed, plan.tiling.size() * in.D);
+  space.add(scratch, groups * scratch_size);
+  space.add(shift, plan.tiling.size());
+  space.add(total, plan.tiling.size());
+  space.add(column_shift, columns);
+  space.add(column_total, columns);
+  space.add(own, in.B);
+  if (!space.allocate()) return Status::kOutOfMemory;
+  const BankContrastInputs rows = as_rows(in, own);
+  pack_queries(packed, query, in.B, in.D, plan.tiling);
 
   executor.parallel_for(groups, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t n = begin; n < end; ++n) {
       const Range tiles = plan.tiles(n);
-      InBatchSums<C> sums{shift.get() + tiles.begin * lanes, total.get() + tiles.begin * lanes,
-                          nullptr, nullptr};
+      InBatchSums<C> sums{shift + tiles.begin * lanes, total + tiles.begin * lanes, nullptr,
+                          nullptr};
       if (in.symmetric) {
-        sums.column_shift = column_shift.get() + n * in.B;
-        sums.column_total = column_total.get() + n * in.B;
+        sums.column_shift = column_shift + n * in.B;
+        sums.column_total = column_total + n * in.B;
       }
-      kernel.scan(sums, {packed.get(), &rows.view, lanes, tiles.begin, tiles.end, 0, in.B,
-                         scratch.get() + n * scratch_size});
+      kernel.scan(sums, {packed, &rows, lanes, tiles.begin, tiles.end, 0, in.B,
+                         scratch + n * scratch_size});
     }
   });
   for (std::int64_t i = 0; i < in.B; ++i) {
@@ -151,10 +151,9 @@ Status forward(C* loss, const InBatchShares<double>& shares, const InBatchContra
       shares.negative_share[at] = gap.slope;
       return gap.value;
     };
-    double value = finish(add_parts(shift.get() + i, total.get() + i, 1, 0), i);
+    double value = finish(add_parts(shift + i, total + i, 1, 0), i);
     if (in.symmetric) {
-      const QuerySums of_column =
-          add_parts(column_shift.get() + i, column_total.get() + i, groups, in.B);
+      const QuerySums of_column = add_parts(column_shift + i, column_total + i, groups, in.B);
       value = (value + finish(of_column, in.B + i)) / 2;
     }
     loss[i] = static_cast<C>(value);
@@ -162,26 +161,28 @@ Status forward(C* loss, const InBatchShares<double>& shares, const InBatchContra
   return Status::kOk;
 }
 
-// InBatchWeights, and the memory that they lie in.
+// InBatchWeights for `size` numbers, of which the first B are given, and the others `past` and
+// zeros.
 template <typename C>
-struct WeightBuffers {
-  Buffer<C> high, low, coefficient;
+struct WeightArrays {
+  C *high, *low, *coefficient;
 
-  // For `size` numbers, of which the first B are given, and the others `past` and zeros.
-  WeightBuffers(std::int64_t size, std::int64_t B, const double* lse, const C* grad_loss,
-                double factor, C past)
-      : high(allocate<C>(size)), low(allocate<C>(size)), coefficient(allocate<C>(size)) {
-    if (!allocated()) return;
+  void add_to(Workspace& space, std::int64_t size) {
+    space.add(high, size);
+    space.add(low, size);
+    space.add(coefficient, size);
+  }
+
+  InBatchWeights<C> fill(std::int64_t size, std::int64_t B, const double* lse, const C* grad_loss,
+                         double factor, C past) const {
     for (std::int64_t i = 0; i < size; ++i) {
       const SplitLse<C> split(i < B ? lse[i] : static_cast<double>(past));
       high[i] = split.high;
       low[i] = i < B ? split.low : C{0};
       coefficient[i] = i < B ? static_cast<C>(static_cast<double>(grad_loss[i]) * factor) : C{0};
     }
+    return {high, low, coefficient};
   }
-
-  bool allocated() const { return high && low && coefficient; }
-  InBatchWeights<C> view() const { return {high.get(), low.get(), coefficient.get()}; }
 };
 
 template <typename C>
@@ -197,43 +198,57 @@ Status backward(const InBatchGradients& out, const C* grad_loss,
   const Plan plan = codir_fast::plan(kernel, in, executor.num_threads);
   const std::int64_t lanes = plan.tiling.lanes, size = plan.tiling.size(), groups = plan.groups;
   const std::int64_t columns = kernel.padded_dim(in.D);
-  const std::int64_t scratch_size =
-      kernel.scratch_size(lanes, in.D, ceil_div(plan.tiling.tiles, groups));
+  const std::int64_t scratch_size = kernel.scratch_size(lanes, in.D, true);
   const std::int64_t fit = kPartialSums / (groups * columns) / kRows * kRows;
-  const std::int64_t chunk = std::min(in.B, std::max(kRows, fit));
+  const std::int64_t chunk = std::min({in.B, kRowsPerRun, std::max(kRows, fit)});
+  const bool is_one_run = chunk == in.B, is_padded = columns != in.D;
   const double factor = in.symmetric ? 0.5 : 1.0;
 
-  const Rows<C> rows(in);
-  const Buffer<C> packed = pack_queries(query, in.B, in.D, plan.tiling);
-  const Buffer<C> scratch = allocate<C>(groups * scratch_size);
-  const Buffer<C> row_query = allocate<C>(size * columns);
-  const Buffer<C> query_sums = allocate<C>(size * in.D);
-  const Buffer<C> positive_sums = allocate<C>(groups * chunk * columns);
-  const WeightBuffers<C> of_lanes(size, in.B, shares.lse, grad_loss, factor,
-                                  std::numeric_limits<C>::infinity());
-  const WeightBuffers<C> of_columns(in.symmetric ? in.B + kRowsBeyond : 0, in.B, shares.lse + in.B,
-                                    grad_loss, factor, C{0});
-  const Buffer<double> slope = allocate<double>(in.B), dinv_temperature = allocate<double>(in.B);
-  const Buffer<double> sums = allocate<double>(executor.num_threads * in.D);
-  if (!rows.own || !packed || !scratch || !row_query || !query_sums || !positive_sums ||
-      !of_lanes.allocated() || !of_columns.allocated() || !slope || !dinv_temperature || !sums)
-    return Status::kOutOfMemory;
-  std::fill_n(query_sums.get(), size * in.D, C{0});
-  std::fill_n(row_query.get(), size * columns, C{0});
+  Workspace space;
+  C *packed, *scratch, *padded_query, *run, *query_sums, *positive_sums;
+  double *slope, *dinv_temperature, *sums;
+  std::int64_t* own;
+  WeightArrays<C> of_lanes, of_columns;
+  space.add(packed, size * in.D);
+  space.add(scratch, groups * scratch_size);
+  space.add(padded_query, is_padded ? in.B * columns : 0);
+  space.add(run, size * in.D);
+  space.add(query_sums, is_one_run ? 0 : size * in.D);
+  space.add(positive_sums, groups * chunk * columns);
+  of_lanes.add_to(space, size);
+  of_columns.add_to(space, in.symmetric ? in.B + kRowsBeyond : 0);
+  space.add(slope, in.B);
+  space.add(dinv_temperature, in.B);
+  space.add(sums, executor.num_threads * in.D);
+  space.add(own, in.B);
+  if (!space.allocate()) return Status::kOutOfMemory;
+
+  const BankContrastInputs rows = as_rows(in, own);
+  pack_queries(packed, query, in.B, in.D, plan.tiling);
+  if (is_padded) std::fill_n(padded_query, in.B * columns, C{0});
   for (std::int64_t i = 0; i < in.B; ++i) {
-    std::copy_n(query + i * in.D, in.D, row_query.get() + i * columns);
+    if (is_padded) std::copy_n(query + i * in.D, in.D, padded_query + i * columns);
     slope[i] = shares.negative_share[i] + (in.symmetric ? shares.negative_share[in.B + i] : 0.0);
     slope[i] *= factor * static_cast<double>(grad_loss[i]);
   }
-  const InBatchWeights<C> no_weights{nullptr, nullptr, nullptr};
-  constexpr std::int64_t kWorthThreads = 1 << 14;  // elements; fewer are done before one starts
+  InBatchProducts<C> products{};
+  products.row_query = is_padded ? padded_query : query;
+  products.of_lanes =
+      of_lanes.fill(size, in.B, shares.lse, grad_loss, factor, std::numeric_limits<C>::infinity());
+  if (in.symmetric) {
+    products.of_rows =
+        of_columns.fill(in.B + kRowsBeyond, in.B, shares.lse + in.B, grad_loss, factor, C{0});
+  }
+  if (is_one_run) query_sums = run;
+  std::fill_n(query_sums, size * in.D, C{0});
+  constexpr std::int64_t kWorthThreads = 1 << 15;  // elements; fewer are done before one starts
   const auto for_each = [&](std::int64_t first, std::int64_t last, const auto& finish) {
     const std::int64_t parts = (last - first) * in.D < kWorthThreads ? 1 : executor.num_threads;
     executor.parallel_for(parts, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t n = begin; n < end; ++n) {
         const Range range = share(last - first, parts, n);
         for (std::int64_t i = first + range.begin; i < first + range.end; ++i) {
-          double* const row = sums.get() + n * in.D;
+          double* const row = sums + n * in.D;
           std::fill_n(row, in.D, 0.0);
           finish(row, i);
         }
@@ -246,15 +261,18 @@ Status backward(const InBatchGradients& out, const C* grad_loss,
     executor.parallel_for(groups, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t n = begin; n < end; ++n) {
         const Range tiles = plan.tiles(n);
-        kernel.backward({query_sums.get() + tiles.begin * lanes * in.D,
-                         positive_sums.get() + n * chunk * columns, row_query.get(),
-                         of_lanes.view(), in.symmetric ? of_columns.view() : no_weights},
-                        {packed.get(), &rows.view, lanes, tiles.begin, tiles.end, first, last,
-                         scratch.get() + n * scratch_size});
+        const std::int64_t at = tiles.begin * lanes * in.D, length = tiles.end * lanes * in.D - at;
+        InBatchProducts<C> mine = products;
+        mine.query_sums = run + at;
+        mine.positive_sums = positive_sums + n * chunk * columns;
+        if (!is_one_run) std::fill_n(mine.query_sums, length, C{0});
+        kernel.backward(mine, {packed, &rows, lanes, tiles.begin, tiles.end, first, last,
+                               scratch + n * scratch_size});
+        for (std::int64_t k = at; !is_one_run && k < at + length; ++k) query_sums[k] += run[k];
       }
     });
     for_each(first, last, [&](double* row, std::int64_t i) {
-      const C* part = positive_sums.get() + (i - first) * columns;
+      const C* part = positive_sums + (i - first) * columns;
       for (std::int64_t n = 0; n < groups; ++n)
         of_rows.add(row, part + n * chunk * columns, 1, 1.0, in.D);
       of_rows.difference(dpositive + i * in.D, row, query + i * in.D, slope[i], in.inv_temperature,
@@ -263,12 +281,12 @@ Status backward(const InBatchGradients& out, const C* grad_loss,
   }
   for_each(0, in.B, [&](double* row, std::int64_t i) {
     const C *q = query + i * in.D, *p = key + i * in.D;
-    of_rows.add(row, query_sums.get() + i / lanes * lanes * in.D + i % lanes, lanes, 1.0, in.D);
+    of_rows.add(row, query_sums + i / lanes * lanes * in.D + i % lanes, lanes, 1.0, in.D);
     of_rows.difference(dquery + i * in.D, row, p, slope[i], in.inv_temperature, in.D);
     dinv_temperature[i] = of_rows.dot_sums(q, row, in.D) - slope[i] * of_rows.dot(q, p, in.D);
   });
   *static_cast<C*>(out.dinv_temperature) =
-      static_cast<C>(std::accumulate(dinv_temperature.get(), dinv_temperature.get() + in.B, 0.0));
+      static_cast<C>(std::accumulate(dinv_temperature, dinv_temperature + in.B, 0.0));
   return Status::kOk;
 }
 

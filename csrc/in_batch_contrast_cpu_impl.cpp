@@ -5,7 +5,7 @@
 // the block: nothing is added up across a vector in between.
 #include "in_batch_contrast_cpu_impl.h"
 
-#include <cmath>
+#include <algorithm>
 #include <type_traits>
 
 #include "bank_tiles_cpu_impl.h"
@@ -17,14 +17,11 @@ namespace {
 constexpr std::int64_t kGroupRows = 14;  // whose terms are added up in C before they meet others
 
 // The sums are, forward: of each row of a block a vector of shifts, then one of totals; backward:
-// query_sums of the run of blocks, then the block's positive_sums of the run of tiles, then those
-// of all runs.
+// the block's positive_sums of the run of tiles, then those of all runs.
 template <typename C>
-std::int64_t scratch_size(std::int64_t lanes, std::int64_t D, std::int64_t num_tiles) {
-  constexpr std::int64_t rows = kMaxBlockRows + kMaxTileRows;
-  const std::int64_t forward = 2 * rows * kLanes<C>,
-                     backward = num_tiles * D * lanes + 2 * rows * padded_dim<C>(D);
-  return Scratch<C>::size(lanes, D) + (num_tiles > 0 ? backward : forward);
+std::int64_t scratch_size(std::int64_t lanes, std::int64_t D, bool is_backward) {
+  const std::int64_t columns = is_backward ? padded_dim<C>(D) : kLanes<C>;
+  return Scratch<C>::size(lanes, D) + 2 * (kMaxBlockRows + kMaxTileRows) * columns;
 }
 
 template <typename V>
@@ -220,11 +217,8 @@ void backward_tiles(const InBatchProducts<C>& out, const BankTask<C>& task) {
   fill(scratch.products, (kMaxBlockRows + kMaxTileRows) * lanes, C{0});
   const std::int64_t size = (kMaxBlockRows + kMaxTileRows) * columns;
   const bool is_one_run = num_tiles <= tiles_per_run;
-  C *const query_run = scratch.sums, *const run = query_run + num_tiles * D * lanes;
-  C* const block_sums = is_one_run ? run : run + size;
-  fill(query_run, num_tiles * D * lanes, C{0});
+  C *const run = scratch.sums, *const block_sums = is_one_run ? run : run + size;
   Block<C> block;
-  std::int64_t blocks = 0;
   for (std::int64_t begin = task.row_begin; begin < task.row_end; begin += block.size) {
     load_block(block, scratch, task, begin, tile_rows(NV));
     fill(run, size, C{0});
@@ -234,17 +228,16 @@ void backward_tiles(const InBatchProducts<C>& out, const BankTask<C>& task) {
       Weights<NV, kSymmetric, C> weights{from(out.of_lanes, tile * lanes), out.of_rows};
       if constexpr (kSymmetric) weights.of_rows = from(out.of_rows, begin);
       visit_products<NV>(weights, scratch.products, task, tile, block, n == 0);
-      add_weighted_rows<NV>(query_run + n * D * lanes, scratch.products, block, D);
+      add_weighted_rows<NV>(out.query_sums + n * D * lanes, scratch.products, block, D);
       add_queries(run, columns, scratch.products, block.size,
-                  out.row_query + tile * lanes * columns, lanes);
+                  out.row_query + tile * lanes * columns, lanes,
+                  std::min(lanes, task.inputs->B - tile * lanes));
       const bool ends = n + 1 == num_tiles || (n + 1) % tiles_per_run == 0;
       if (!is_one_run && ends) end_run(block_sums, run, size);
     }
     C* const to = out.positive_sums + (begin - task.row_begin) * columns;
     for (std::int64_t n = 0; n < block.size * columns; ++n) to[n] = block_sums[n];
-    if (++blocks % kBlocksPerRun == 0) end_run(out.query_sums, query_run, num_tiles * D * lanes);
   }
-  end_run(out.query_sums, query_run, num_tiles * D * lanes);
 }
 
 template <typename C>

@@ -13,6 +13,8 @@ namespace codir_fast {
 // numbers.
 constexpr std::int64_t kRowsBeyond = 16;
 
+constexpr std::int64_t kRowsPerRun = 2646;  // a multiple of the rows of any block
+
 // For each query of the task's tiles, and each of its rows, the sum of e^{s - shift} over what the
 // other side of the task has of allowed ones; where there is none, shift -inf and total 0.
 template <typename C>
@@ -31,12 +33,13 @@ struct InBatchWeights {
 };
 
 // With W_ij = coefficient_i e^{s_ij - lse_i} (+ that of the other direction), over allowed pairs:
-// sum_j W_ij p_j is added to query_sums, [tile][d][lane] from tile_begin, for the task's rows j;
-// positive_sums, [row][padded_D] from row_begin, become sum_i W_ij q_i over the task's queries.
+// sum_j W_ij p_j is added to query_sums, [tile][d][lane] from tile_begin, for the task's rows j,
+// at most kRowsPerRun, lest the sums stagnate; positive_sums, [row][padded_D] from row_begin,
+// become sum_i W_ij q_i over the task's queries.
 template <typename C>
 struct InBatchProducts {
   C *query_sums, *positive_sums;
-  const C* row_query;  // (tiles * lanes, padded_D): q again, padded with 0
+  const C* row_query;  // (B, padded_D): q again, padded with 0
   InBatchWeights<C> of_lanes, of_rows;
 };
 
@@ -44,7 +47,7 @@ template <typename C>
 struct InBatchKernels {
   std::int64_t vector_lanes, max_tile_vectors;
   std::int64_t (*padded_dim)(std::int64_t D);
-  std::int64_t (*scratch_size)(std::int64_t lanes, std::int64_t D, std::int64_t num_tiles);
+  std::int64_t (*scratch_size)(std::int64_t lanes, std::int64_t D, bool is_backward);
   void (*scan)(const InBatchSums<C>&, const BankTask<C>&);
   void (*backward)(const InBatchProducts<C>&, const BankTask<C>&);
 };

@@ -31,6 +31,7 @@ def chosen(operator, *, compiled=False):
     [
         TINY,
         TINY_BY_INDEX,
+        Shape("tiny", "in_batch_contrast", {"B": 7, "D": 24}),
         Shape("tiny", "masked_pool", TINY_POOL),
         Shape("tiny", "masked_pool_backward", TINY_POOL),
     ],

@@ -204,7 +204,7 @@ def test_bits_repeat(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        case, upstream = make_case(130, 64, True, True), torch.randn(130)
+        case, upstream = make_case(200, 64, True, True), torch.randn(200)
         first, again = (gradients(in_batch_contrast, case, upstream) for _ in range(2))
     finally:
         torch.set_num_threads(before)

@@ -55,7 +55,8 @@ def _make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
             F.normalize(torch.randn(s["B"], s["D"]), dim=1).to(dtype) for _ in range(2)
         )
         query.requires_grad_()
-        classes = torch.empty(s["B"] + s["K"], s["D"], dtype=dtype)
+        positive.requires_grad_(shape.operator == "in_batch_contrast")
+        classes = torch.empty(s["B"] + s.get("K", 0), s["D"], dtype=dtype)
         for part in classes.split(1 << 16):
             part.copy_(F.normalize(torch.randn(part.shape), dim=1))
         bank = classes[s["B"] :]

@@ -53,15 +53,19 @@ class Peer:
         if self.operator == "bank_contrast":
             copies = self.copies + self.copies_per_query * s["B"]
             return int(copies * 4 * s["B"] * s["K"])
+        if self.operator == "in_batch_contrast":
+            return int(self.copies * 4 * s["B"] ** 2)
         return int(self.copies * 4 * s["B"] * s.get("M", 0) * s.get("D", 0))
 
 
-def adder(peers: list[Peer], operator: str) -> Callable[..., Callable[[Prepare], Prepare]]:
+def adder(
+    peers: list[Peer], operator: str, **common: Any
+) -> Callable[..., Callable[[Prepare], Prepare]]:
     """A decorator `peer(name, what, **more)`, which puts a function of Inputs into `peers`."""
 
     def peer(name: str, what: str, **more: Any) -> Callable[[Prepare], Prepare]:
         def add(prepare: Prepare) -> Prepare:
-            peers.append(Peer(name, operator, prepare, what, **more))
+            peers.append(Peer(name, operator, prepare, what, **common, **more))
             return prepare
 
         return add
@@ -72,7 +76,8 @@ def adder(peers: list[Peer], operator: str) -> Callable[..., Callable[[Prepare],
 def with_gradient(inputs: Inputs, loss: Callable[[], Tensor]) -> Run:
     def run() -> Results:
         value = loss()
-        return value.detach(), *torch.autograd.grad(value, inputs.query)
+        wanted = [x for x in (inputs.query, inputs.positive) if x.requires_grad]
+        return value.detach(), *torch.autograd.grad(value, wanted)
 
     return run
 

@@ -3,9 +3,10 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from codir_fast.benchmarks.peers.inputs import Inputs, Results, T
 
-from codir_fast.reference import masked_pool
+from codir_fast.reference import in_batch_contrast, masked_pool
 
 
 def truth(inputs: Inputs, others_count: bool, normalizes: bool) -> Results:
@@ -18,6 +19,8 @@ def truth(inputs: Inputs, others_count: bool, normalizes: bool) -> Results:
 def _truth(inputs: Inputs, others_count: bool, normalizes: bool) -> Results:
     if inputs.hidden_states:
         return _pooling_truth(inputs)
+    if inputs.shape.operator == "in_batch_contrast":
+        return _in_batch_truth(inputs)
     loss, direction = _contrast_truth(inputs, others_count)
     if normalizes:
         q = inputs.query.detach().double()
@@ -31,6 +34,12 @@ def _pooling_truth(inputs: Inputs) -> Results:
     if inputs.shape.operator == "masked_pool":
         return (pooled.detach(),)
     return torch.autograd.grad(pooled, states, inputs.grad.double())
+
+
+def _in_batch_truth(inputs: Inputs) -> Results:
+    leaves = [x.detach().double().requires_grad_() for x in (inputs.query, inputs.positive)]
+    loss = in_batch_contrast(*(F.normalize(x, dim=1) for x in leaves), 1 / T, symmetric=True)
+    return loss.mean().detach(), *torch.autograd.grad(loss.mean(), leaves)
 
 
 def _contrast_truth(inputs: Inputs, others_count: bool) -> Results:

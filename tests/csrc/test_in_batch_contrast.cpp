@@ -237,6 +237,7 @@ template <typename C>
 void test_parts_and_runs() {
   check_case(random_case<C>(256, 1021), {64});
   check_case(random_case<C>(1100, 3), {1, 2});
+  if (sizeof(C) == 4) check_case(random_case<C>(2700, 2), {3});
 }
 
 template <typename C>
@@ -308,7 +309,7 @@ void test_alone_and_nobody() {
 
 template <typename C>
 void test_results_repeat() {
-  Case<C> some = random_case<C>(150, 40);
+  Case<C> some = random_case<C>(150, 140);
   some.symmetric = true;
   const Results<C> first = run(some, 3, active_isa());
   for (int n = 0; n < 20; ++n) {
