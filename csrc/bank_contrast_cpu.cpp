@@ -14,26 +14,10 @@ namespace {
 
 template <typename C>
 const BankKernels<C>& kernels(Isa isa) {
-  constexpr bool is_float = std::is_same_v<C, float>;
-#if CODIR_FAST_X86_DISPATCH
-  if (isa == Isa::kAvx512) {
-    if constexpr (is_float)
-      return avx512::kBankKernelsFloat;
-    else
-      return avx512::kBankKernelsDouble;
-  }
-  if (isa == Isa::kAvx2) {
-    if constexpr (is_float)
-      return avx2::kBankKernelsFloat;
-    else
-      return avx2::kBankKernelsDouble;
-  }
-#endif
-  static_cast<void>(isa);
-  if constexpr (is_float)
-    return baseline::kBankKernelsFloat;
+  if constexpr (std::is_same_v<C, float>)
+    return CODIR_FAST_KERNELS(kBankKernelsFloat, isa);
   else
-    return baseline::kBankKernelsDouble;
+    return CODIR_FAST_KERNELS(kBankKernelsDouble, isa);
 }
 
 // Few lanes without a query count most; of the same number of vectors, wide tiles are the faster.

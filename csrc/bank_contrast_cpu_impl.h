@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "bank_contrast.h"
+#include "simd/kernels_by_isa.h"
 
 namespace codir_fast {
 
@@ -55,21 +56,7 @@ struct BankKernels {
   void (*backward)(const BankGradient<C>&, const BankTask<C>&);
 };
 
-namespace baseline {
-extern const BankKernels<float> kBankKernelsFloat;
-extern const BankKernels<double> kBankKernelsDouble;
-}  // namespace baseline
-
-#if CODIR_FAST_X86_DISPATCH
-namespace avx2 {
-extern const BankKernels<float> kBankKernelsFloat;
-extern const BankKernels<double> kBankKernelsDouble;
-}  // namespace avx2
-
-namespace avx512 {
-extern const BankKernels<float> kBankKernelsFloat;
-extern const BankKernels<double> kBankKernelsDouble;
-}  // namespace avx512
-#endif
+CODIR_FAST_DECLARE_KERNELS(BankKernels<float>, kBankKernelsFloat)
+CODIR_FAST_DECLARE_KERNELS(BankKernels<double>, kBankKernelsDouble)
 
 }  // namespace codir_fast

@@ -8,26 +8,13 @@
 #include "bank_update_cpu_impl.h"
 
 namespace codir_fast {
-namespace {
-
-const UpdateKernels& kernels(Isa isa) {
-#if CODIR_FAST_X86_DISPATCH
-  if (isa == Isa::kAvx512) return avx512::kUpdateKernels;
-  if (isa == Isa::kAvx2) return avx2::kUpdateKernels;
-#endif
-  static_cast<void>(isa);
-  return baseline::kUpdateKernels;
-}
-
-}  // namespace
-
 Status bank_update_cpu(void* bank, bool* filled, const std::int64_t* index, const void* keys,
                        std::int64_t N, std::int64_t D, DType bank_dtype, double momentum,
                        const Executor& executor, Isa isa) {
   constexpr std::int64_t kWorthThreads = 1 << 17;  // elements; fewer are written before one starts
   const std::int64_t owners = N * D < kWorthThreads ? 1 : std::max(executor.num_threads, 1);
   const UpdateTask task{bank, filled, index, keys, N, D, owners, bank_dtype, momentum};
-  const UpdateKernels& kernel = kernels(isa);
+  const UpdateKernels& kernel = CODIR_FAST_KERNELS(kUpdateKernels, isa);
   std::atomic<bool> failed{false};
   executor.parallel_for(owners, [&](std::int64_t begin, std::int64_t end) {
     if (kernel.update_rows(task, begin, end) != Status::kOk) failed = true;

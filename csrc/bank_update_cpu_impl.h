@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "bank_update.h"
+#include "simd/kernels_by_isa.h"
 
 namespace codir_fast {
 
@@ -25,18 +26,6 @@ struct UpdateKernels {
   Status (*update_rows)(const UpdateTask&, std::int64_t begin, std::int64_t end);
 };
 
-namespace baseline {
-extern const UpdateKernels kUpdateKernels;
-}
-
-#if CODIR_FAST_X86_DISPATCH
-namespace avx2 {
-extern const UpdateKernels kUpdateKernels;
-}
-
-namespace avx512 {
-extern const UpdateKernels kUpdateKernels;
-}
-#endif
+CODIR_FAST_DECLARE_KERNELS(UpdateKernels, kUpdateKernels)
 
 }  // namespace codir_fast

@@ -129,26 +129,10 @@ struct PartialSums {
 
 template <typename C>
 const RowKernels<C>& row_kernels(Isa isa) {
-  constexpr bool is_float = std::is_same_v<C, float>;
-#if CODIR_FAST_X86_DISPATCH
-  if (isa == Isa::kAvx512) {
-    if constexpr (is_float)
-      return avx512::kRowKernelsFloat;
-    else
-      return avx512::kRowKernelsDouble;
-  }
-  if (isa == Isa::kAvx2) {
-    if constexpr (is_float)
-      return avx2::kRowKernelsFloat;
-    else
-      return avx2::kRowKernelsDouble;
-  }
-#endif
-  static_cast<void>(isa);
-  if constexpr (is_float)
-    return baseline::kRowKernelsFloat;
+  if constexpr (std::is_same_v<C, float>)
+    return CODIR_FAST_KERNELS(kRowKernelsFloat, isa);
   else
-    return baseline::kRowKernelsDouble;
+    return CODIR_FAST_KERNELS(kRowKernelsDouble, isa);
 }
 
 // A query's sums over all its negatives: total of the terms, taken relative to e^shift by InfoNCE.

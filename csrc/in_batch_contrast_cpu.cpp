@@ -16,26 +16,10 @@ namespace {
 
 template <typename C>
 const InBatchKernels<C>& kernels(Isa isa) {
-  constexpr bool is_float = std::is_same_v<C, float>;
-#if CODIR_FAST_X86_DISPATCH
-  if (isa == Isa::kAvx512) {
-    if constexpr (is_float)
-      return avx512::kInBatchKernelsFloat;
-    else
-      return avx512::kInBatchKernelsDouble;
-  }
-  if (isa == Isa::kAvx2) {
-    if constexpr (is_float)
-      return avx2::kInBatchKernelsFloat;
-    else
-      return avx2::kInBatchKernelsDouble;
-  }
-#endif
-  static_cast<void>(isa);
-  if constexpr (is_float)
-    return baseline::kInBatchKernelsFloat;
+  if constexpr (std::is_same_v<C, float>)
+    return CODIR_FAST_KERNELS(kInBatchKernelsFloat, isa);
   else
-    return baseline::kInBatchKernelsDouble;
+    return CODIR_FAST_KERNELS(kInBatchKernelsDouble, isa);
 }
 
 // How the work is spread: each thread has a group of tiles of queries, and all rows.

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "bank_contrast_cpu_impl.h"
+#include "simd/kernels_by_isa.h"
 
 namespace codir_fast {
 
@@ -52,21 +53,7 @@ struct InBatchKernels {
   void (*backward)(const InBatchProducts<C>&, const BankTask<C>&);
 };
 
-namespace baseline {
-extern const InBatchKernels<float> kInBatchKernelsFloat;
-extern const InBatchKernels<double> kInBatchKernelsDouble;
-}  // namespace baseline
-
-#if CODIR_FAST_X86_DISPATCH
-namespace avx2 {
-extern const InBatchKernels<float> kInBatchKernelsFloat;
-extern const InBatchKernels<double> kInBatchKernelsDouble;
-}  // namespace avx2
-
-namespace avx512 {
-extern const InBatchKernels<float> kInBatchKernelsFloat;
-extern const InBatchKernels<double> kInBatchKernelsDouble;
-}  // namespace avx512
-#endif
+CODIR_FAST_DECLARE_KERNELS(InBatchKernels<float>, kInBatchKernelsFloat)
+CODIR_FAST_DECLARE_KERNELS(InBatchKernels<double>, kInBatchKernelsDouble)
 
 }  // namespace codir_fast

@@ -15,26 +15,10 @@ namespace {
 
 template <typename C>
 const IndexedKernels<C>& kernels(Isa isa) {
-  constexpr bool is_float = std::is_same_v<C, float>;
-#if CODIR_FAST_X86_DISPATCH
-  if (isa == Isa::kAvx512) {
-    if constexpr (is_float)
-      return avx512::kIndexedKernelsFloat;
-    else
-      return avx512::kIndexedKernelsDouble;
-  }
-  if (isa == Isa::kAvx2) {
-    if constexpr (is_float)
-      return avx2::kIndexedKernelsFloat;
-    else
-      return avx2::kIndexedKernelsDouble;
-  }
-#endif
-  static_cast<void>(isa);
-  if constexpr (is_float)
-    return baseline::kIndexedKernelsFloat;
+  if constexpr (std::is_same_v<C, float>)
+    return CODIR_FAST_KERNELS(kIndexedKernelsFloat, isa);
   else
-    return baseline::kIndexedKernelsDouble;
+    return CODIR_FAST_KERNELS(kIndexedKernelsDouble, isa);
 }
 
 // Sums of B queries per range, to which the kernels add.

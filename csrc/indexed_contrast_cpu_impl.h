@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "indexed_contrast.h"
+#include "simd/kernels_by_isa.h"
 
 namespace codir_fast {
 
@@ -59,21 +60,7 @@ struct IndexedKernels {
                        C* scratch);
 };
 
-namespace baseline {
-extern const IndexedKernels<float> kIndexedKernelsFloat;
-extern const IndexedKernels<double> kIndexedKernelsDouble;
-}  // namespace baseline
-
-#if CODIR_FAST_X86_DISPATCH
-namespace avx2 {
-extern const IndexedKernels<float> kIndexedKernelsFloat;
-extern const IndexedKernels<double> kIndexedKernelsDouble;
-}  // namespace avx2
-
-namespace avx512 {
-extern const IndexedKernels<float> kIndexedKernelsFloat;
-extern const IndexedKernels<double> kIndexedKernelsDouble;
-}  // namespace avx512
-#endif
+CODIR_FAST_DECLARE_KERNELS(IndexedKernels<float>, kIndexedKernelsFloat)
+CODIR_FAST_DECLARE_KERNELS(IndexedKernels<double>, kIndexedKernelsDouble)
 
 }  // namespace codir_fast

@@ -9,15 +9,6 @@
 namespace codir_fast {
 namespace {
 
-const PoolKernels& kernels(Isa isa) {
-#if CODIR_FAST_X86_DISPATCH
-  if (isa == Isa::kAvx512) return avx512::kPoolKernels;
-  if (isa == Isa::kAvx2) return avx2::kPoolKernels;
-#endif
-  static_cast<void>(isa);
-  return baseline::kPoolKernels;
-}
-
 // Items are dealt out in turn: neighbours cost alike, and rows of few tokens less than others.
 template <typename Run>
 Status deal(std::int64_t items, const Executor& executor, const Run& run) {
@@ -38,7 +29,7 @@ Status deal(std::int64_t items, const Executor& executor, const Run& run) {
 Status masked_pool_cpu(void* pooled, std::int64_t* argmax, const HiddenState* hidden_states,
                        RealTokens real, std::int64_t L, std::int64_t B, std::int64_t H, DType dtype,
                        PoolMode mode, const Executor& executor, Isa isa) {
-  const PoolKernels& kernel = kernels(isa);
+  const PoolKernels& kernel = CODIR_FAST_KERNELS(kPoolKernels, isa);
   // Whole rows are read in sequence; narrow slices are for threads that rows alone can't feed.
   const std::int64_t slice = L * B < 4 * executor.num_threads ? 128 : kMaxPoolSlice;
   const std::int64_t slices = (H + slice - 1) / slice;
@@ -51,7 +42,7 @@ Status masked_pool_backward_cpu(void* const* dhidden, const void* grad, const st
                                 RealTokens real, std::int64_t L, std::int64_t B, std::int64_t T,
                                 std::int64_t H, DType dtype, PoolMode mode,
                                 const Executor& executor, Isa isa) {
-  const PoolKernels& kernel = kernels(isa);
+  const PoolKernels& kernel = CODIR_FAST_KERNELS(kPoolKernels, isa);
   const PoolGradientTask task{dhidden, grad, argmax, real, L, B, T, H, dtype, mode};
   return deal(L * B, executor, [&](std::int64_t item) { return kernel.unpool_item(task, item); });
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "masked_pool.h"
+#include "simd/kernels_by_isa.h"
 
 namespace codir_fast {
 
@@ -37,18 +38,6 @@ struct PoolKernels {
   Status (*unpool_item)(const PoolGradientTask&, std::int64_t item);
 };
 
-namespace baseline {
-extern const PoolKernels kPoolKernels;
-}
-
-#if CODIR_FAST_X86_DISPATCH
-namespace avx2 {
-extern const PoolKernels kPoolKernels;
-}
-
-namespace avx512 {
-extern const PoolKernels kPoolKernels;
-}
-#endif
+CODIR_FAST_DECLARE_KERNELS(PoolKernels, kPoolKernels)
 
 }  // namespace codir_fast

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common.h"
+#include "simd/kernels_by_isa.h"
 
 namespace codir_fast {
 
@@ -33,21 +34,7 @@ struct RowKernels {
                              std::int64_t D);
 };
 
-namespace baseline {
-extern const RowKernels<float> kRowKernelsFloat;
-extern const RowKernels<double> kRowKernelsDouble;
-}  // namespace baseline
-
-#if CODIR_FAST_X86_DISPATCH
-namespace avx2 {
-extern const RowKernels<float> kRowKernelsFloat;
-extern const RowKernels<double> kRowKernelsDouble;
-}  // namespace avx2
-
-namespace avx512 {
-extern const RowKernels<float> kRowKernelsFloat;
-extern const RowKernels<double> kRowKernelsDouble;
-}  // namespace avx512
-#endif
+CODIR_FAST_DECLARE_KERNELS(RowKernels<float>, kRowKernelsFloat)
+CODIR_FAST_DECLARE_KERNELS(RowKernels<double>, kRowKernelsDouble)
 
 }  // namespace codir_fast
