@@ -8,6 +8,7 @@
 #include "bank_update_cpu_impl.h"
 
 namespace codir_fast {
+
 Status bank_update_cpu(void* bank, bool* filled, const std::int64_t* index, const void* keys,
                        std::int64_t N, std::int64_t D, DType bank_dtype, double momentum,
                        const Executor& executor, Isa isa) {

@@ -20,6 +20,7 @@
 
 // The table for an instruction set.
 #define CODIR_FAST_KERNELS(name, isa)                                   \
-  (CODIR_FAST_ON_X86((isa) == ::codir_fast::Isa::kAvx512 ? avx512::name \
+  (static_cast<void>(isa),                                              \
+   CODIR_FAST_ON_X86((isa) == ::codir_fast::Isa::kAvx512 ? avx512::name \
                      : (isa) == ::codir_fast::Isa::kAvx2 ? avx2::name   \
                                                          :) baseline::name)
