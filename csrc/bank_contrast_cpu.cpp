@@ -102,19 +102,14 @@ Status forward(const BankContrastOutputs& outputs, const C* positive, const Bank
                    scratch.get() + n * scratch_size});
     }
   });
-  constexpr std::int64_t kWorthThreads = 1 << 14;  // elements; fewer are done before one starts
   const std::int64_t elements = in.B * in.D * grid.row_ranges;
-  const std::int64_t finishers = elements < kWorthThreads ? 1 : executor.num_threads;
-  executor.parallel_for(finishers, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t n = begin; n < end; ++n) {
-      double* weighted_row = weighted_rows.get() + n * in.D;
-      const Range queries = share(in.B, finishers, n);
-      for (std::int64_t i = queries.begin; i < queries.end; ++i) {
-        const QuerySums total =
-            add_ranges(weighted_row, sums, tiling, in.D, grid.row_ranges, i, of_rows);
-        finish_query(outputs, query + i * in.D, positive + i * in.D, weighted_row, total, i, in,
-                     of_rows);
-      }
+  for_parts({0, in.B}, elements, executor, [&](std::int64_t part, const Range& queries) {
+    double* weighted_row = weighted_rows.get() + part * in.D;
+    for (std::int64_t i = queries.begin; i < queries.end; ++i) {
+      const QuerySums total =
+          add_ranges(weighted_row, sums, tiling, in.D, grid.row_ranges, i, of_rows);
+      finish_query(outputs, query + i * in.D, positive + i * in.D, weighted_row, total, i, in,
+                   of_rows);
     }
   });
   return Status::kOk;

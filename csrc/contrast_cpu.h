@@ -72,6 +72,20 @@ inline Range share(std::int64_t size, std::int64_t parts, std::int64_t part) {
   return {size * part / parts, size * (part + 1) / parts};
 }
 
+// Runs run(part, range) on parts of `all` rows, one to a thread, or on all at once where they hold
+// fewer elements than are done before a thread starts.
+template <typename Run>
+void for_parts(const Range& all, std::int64_t elements, const Executor& executor, const Run& run) {
+  constexpr std::int64_t kWorthThreads = 1 << 15;
+  const std::int64_t parts = elements < kWorthThreads ? 1 : executor.num_threads;
+  executor.parallel_for(parts, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t part = begin; part < end; ++part) {
+      const Range range = share(all.end - all.begin, parts, part);
+      run(part, Range{all.begin + range.begin, all.begin + range.end});
+    }
+  });
+}
+
 // Where the shift of a query's sums begins: NCE's stays there, InfoNCE's follows the maximum.
 inline double first_shift(const BankContrastInputs& in) {
   return in.objective == Objective::kNce ? in.log_partition + std::log(in.noise_ratio + kNceEps)

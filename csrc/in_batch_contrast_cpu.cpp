@@ -225,17 +225,13 @@ Status backward(const InBatchGradients& out, const C* grad_loss,
   }
   if (is_one_run) query_sums = run;
   std::fill_n(query_sums, size * in.D, C{0});
-  constexpr std::int64_t kWorthThreads = 1 << 15;  // elements; fewer are done before one starts
-  const auto for_each = [&](std::int64_t first, std::int64_t last, const auto& finish) {
-    const std::int64_t parts = (last - first) * in.D < kWorthThreads ? 1 : executor.num_threads;
-    executor.parallel_for(parts, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t n = begin; n < end; ++n) {
-        const Range range = share(last - first, parts, n);
-        for (std::int64_t i = first + range.begin; i < first + range.end; ++i) {
-          double* const row = sums + n * in.D;
-          std::fill_n(row, in.D, 0.0);
-          finish(row, i);
-        }
+  // Calls finish(row, i) with D sums to be made, for each of these i.
+  const auto for_rows = [&](const Range& all, const auto& finish) {
+    const std::int64_t elements = (all.end - all.begin) * in.D;
+    for_parts(all, elements, executor, [&](std::int64_t part, const Range& range) {
+      for (std::int64_t i = range.begin; i < range.end; ++i) {
+        std::fill_n(sums + part * in.D, in.D, 0.0);
+        finish(sums + part * in.D, i);
       }
     });
   };
@@ -255,7 +251,7 @@ Status backward(const InBatchGradients& out, const C* grad_loss,
         for (std::int64_t k = at; !is_one_run && k < at + length; ++k) query_sums[k] += run[k];
       }
     });
-    for_each(first, last, [&](double* row, std::int64_t i) {
+    for_rows({first, last}, [&](double* row, std::int64_t i) {
       const C* part = positive_sums + (i - first) * columns;
       for (std::int64_t n = 0; n < groups; ++n)
         of_rows.add(row, part + n * chunk * columns, 1, 1.0, in.D);
@@ -263,7 +259,7 @@ Status backward(const InBatchGradients& out, const C* grad_loss,
                          in.D);
     });
   }
-  for_each(0, in.B, [&](double* row, std::int64_t i) {
+  for_rows({0, in.B}, [&](double* row, std::int64_t i) {
     const C *q = query + i * in.D, *p = key + i * in.D;
     of_rows.add(row, query_sums + i / lanes * lanes * in.D + i % lanes, lanes, 1.0, in.D);
     of_rows.difference(dquery + i * in.D, row, p, slope[i], in.inv_temperature, in.D);
