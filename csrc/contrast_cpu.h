@@ -125,6 +125,19 @@ void pack_queries(C* packed, const C* query, std::int64_t B, std::int64_t D, con
   }
 }
 
+// The other way round: rows (B, D) of the first `num_queries` lanes of a tile.
+template <typename C>
+void unpack_tile(C* rows, const C* tile, std::int64_t num_queries, std::int64_t D,
+                 std::int64_t lanes) {
+  constexpr std::int64_t kColumns = 16;
+  for (std::int64_t begin = 0; begin < D; begin += kColumns) {
+    const std::int64_t end = std::min(begin + kColumns, D);
+    for (std::int64_t lane = 0; lane < num_queries; ++lane) {
+      for (std::int64_t d = begin; d < end; ++d) rows[lane * D + d] = tile[d * lanes + lane];
+    }
+  }
+}
+
 // Per range of rows: shift and total (tiling.size(),), weighted_rows (tiling.size() * D).
 template <typename C>
 struct PartialSums {

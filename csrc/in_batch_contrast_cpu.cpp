@@ -259,9 +259,17 @@ Status backward(const InBatchGradients& out, const C* grad_loss,
                          in.D);
     });
   }
+  const Range all_tiles{0, plan.tiling.tiles};
+  for_parts(all_tiles, in.B * in.D, executor, [&](std::int64_t, const Range& tiles) {
+    for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      const std::int64_t first = tile * lanes;
+      unpack_tile(dquery + first * in.D, query_sums + first * in.D, std::min(lanes, in.B - first),
+                  in.D, lanes);
+    }
+  });
   for_rows({0, in.B}, [&](double* row, std::int64_t i) {
     const C *q = query + i * in.D, *p = key + i * in.D;
-    of_rows.add(row, query_sums + i / lanes * lanes * in.D + i % lanes, lanes, 1.0, in.D);
+    of_rows.add(row, dquery + i * in.D, 1, 1.0, in.D);
     of_rows.difference(dquery + i * in.D, row, p, slope[i], in.inv_temperature, in.D);
     dinv_temperature[i] = of_rows.dot_sums(q, row, in.D) - slope[i] * of_rows.dot(q, p, in.D);
   });
