@@ -83,16 +83,11 @@ class NTXentLoss(nn.Module):
 
     def _between_views(self, out0: Tensor, out1: Tensor) -> Tensor:
         views = torch.cat([out0, out1])
-        # An image is the label of its two views: both are left out, and the other is the positive.
+        # The other views' positives are all views. An image is the label of its two views, so that
+        # none meets itself, as the positive of its own positive.
         image = torch.arange(out0.shape[0], device=out0.device).repeat(2)
-        return contrastive_loss(
-            views,
-            torch.cat([out1, out0]),
-            views,
-            temperature=self.temperature,
-            labels=image,
-            negative_labels=image,
-        )
+        others = torch.cat([out1, out0])
+        return contrastive_loss(views, others, temperature=self.temperature, labels=image)
 
 
 def _as_sizes(memory_bank_size: int | Sequence[int]) -> tuple[int, ...]:
