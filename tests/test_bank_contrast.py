@@ -3,9 +3,6 @@ PyTorch.
 """
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
@@ -13,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from peak_memory import needs_proc, peaks_of
 from torch import Tensor
 
 from codir_fast import reference
@@ -342,24 +340,9 @@ def test_autocast_changes_nothing(backend):
 
 
 MEMORY = """
-import sys, torch, torch.nn.functional as F, codir_fast
+import torch.nn.functional as F, codir_fast
 
-torch.set_num_threads(2)
 backend, bank_dtype = sys.argv[1], getattr(torch, sys.argv[2])
-
-
-def status(key):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
-
-
-def peak_above(function):
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts over at what is held now
-    start = status("VmRSS")
-    result = function()
-    return status("VmHWM") - start, result
-
-
 loss_fn = codir_fast.ContrastiveLoss(backend=backend)
 query = torch.randn(256, 128).to(bank_dtype).requires_grad_()
 positive = torch.randn(256, 128).to(bank_dtype).requires_grad_()
@@ -373,9 +356,6 @@ def step(negative_keys):
     loss_fn(query, positive, negative_keys).backward()
 
 
-control = peak_above(lambda: torch.ones(256, 65536))[0]
-if control < 60 * 1024:
-    sys.exit(f"no way to see the peak: {control} KiB for 64 MiB")
 for negative_keys in (bank, negatives):
     for _ in range(3):  # library buffers and code that are made once
         step(negative_keys)
@@ -398,21 +378,14 @@ for objective in ("infonce", "nce"):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@needs_proc
 @pytest.mark.parametrize("bank_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_peak_memory(backend, bank_dtype):
     """(256, 65536, 128), loss and backward: the logits alone would be 64 MiB. By index, the C++
     kernel stays under 2 MiB.
     """
-    # What is freed goes back to the system at once, so that it isn't taken for free the next time.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1"}
-    command = [sys.executable, "-c", MEMORY, backend, bank_dtype]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    if "no way to see the peak" in run.stderr or "clear_refs" in run.stderr:
-        pytest.skip("this system doesn't let a process reset its peak memory")
-    assert run.returncode == 0, run.stderr
-    peaks = [int(line) for line in run.stdout.split()]
+    peaks = peaks_of(MEMORY, backend, bank_dtype)
     outputs = 2 * 256 * 128 * (4 if bank_dtype == "float32" else 2) // 1024  # the two gradients
     print(f"peak above inputs: {peaks} KiB")
     dense, by_index = peaks[:2], peaks[2:]

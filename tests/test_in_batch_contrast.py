@@ -2,9 +2,6 @@
 against bank_contrast in each direction, which other backends take.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
@@ -12,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from peak_memory import needs_proc, peaks_of
 from torch import Tensor
 
 import codir_fast
@@ -289,22 +287,7 @@ def test_compiles_for_any_batch(symmetric, compile_whole):
 
 
 MEMORY = """
-import sys, torch, codir_fast
-
-torch.set_num_threads(2)
-
-
-def status(key):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
-
-
-def peak_above(function):
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts over at what is held now
-    start = status("VmRSS")
-    result = function()
-    return status("VmHWM") - start, result
-
+import codir_fast
 
 loss_fn = codir_fast.ContrastiveLoss(symmetric=True)
 query, positive = (torch.randn(4096, 64).requires_grad_() for _ in range(2))
@@ -315,26 +298,17 @@ def step():
     loss_fn(query, positive).backward()
 
 
-control = peak_above(lambda: torch.ones(4096, 4096))[0]
-if control < 60 * 1024:
-    sys.exit(f"no way to see the peak: {control} KiB for 64 MiB")
 for _ in range(3):  # library buffers and code that are made once
     step()
 print(min(peak_above(step)[0] for _ in range(5)))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@needs_proc
 def test_peak_memory():
     """(4096, 64), both ways and backward: the logits alone would be 64 MiB, and each matrix of
     queries is one.
     """
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MKL_DISABLE_FAST_MM": "1"}
-    command = [sys.executable, "-c", MEMORY]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    if "no way to see the peak" in run.stderr or "clear_refs" in run.stderr:
-        pytest.skip("this system doesn't let a process reset its peak memory")
-    assert run.returncode == 0, run.stderr
-    peak = int(run.stdout)
+    (peak,) = peaks_of(MEMORY)
     print(f"peak above inputs: {peak} KiB")
     assert peak < 16 * 1024

@@ -11,6 +11,7 @@
 
 #include "bank_contrast.h"
 #include "check.h"
+#include "compare.h"
 #include "executors.h"
 #include "storage.h"
 
@@ -46,11 +47,6 @@ Element rounded(double value) {
   Element out;
   from_compute(static_cast<Compute<Element>>(value), &out);
   return out;
-}
-
-template <typename Element>
-double value_of(Element element) {
-  return static_cast<double>(to_compute(element));
 }
 
 // One call's arguments; C is what arithmetic runs in, T how the bank is stored. Empty vectors are
@@ -260,28 +256,6 @@ Results<C, T> run(const Case<C, T>& some, int num_threads, Isa isa) {
                           isa) == Status::kOk);
   CHECK(bank_contrast_backward_cpu(out.dbank.data(), some.grad_loss.data(), out.lse.data(),
                                    some.inputs(), threads(num_threads), isa) == Status::kOk);
-  return out;
-}
-
-// The largest error within tolerance times the largest value expected, plus `floor`.
-template <typename Element>
-void check_all(const std::vector<Element>& got, const std::vector<double>& expected,
-               double tolerance, double floor, const char* what) {
-  double scale = 0, error = 0;
-  for (std::size_t n = 0; n < expected.size(); ++n) {
-    scale = std::max(scale, std::abs(expected[n]));
-    const double difference = std::abs(value_of(got[n]) - expected[n]);
-    error = difference <= error ? error : difference;  // NaN sticks
-    if (std::isnan(difference)) error = kInfinity;
-  }
-  check::close(error, 0, tolerance * scale + floor, what, __FILE__, __LINE__);
-}
-
-std::vector<Isa> isas() {
-  std::vector<Isa> out;
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa <= widest_isa()) out.push_back(isa);
-  }
   return out;
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "check.h"
+#include "compare.h"
 #include "executors.h"
 #include "in_batch_contrast.h"
 
@@ -159,29 +160,6 @@ Results<C> run(const Case<C>& some, int num_threads, Isa isa) {
             {out.dquery.data(), out.dpositive.data(), out.dinv_temperature.data()},
             some.grad_loss.data(), {out.lse.data(), out.negative_share.data()}, some.inputs(),
             threads(num_threads), isa) == Status::kOk);
-  return out;
-}
-
-// The largest error within tolerance times the largest value expected, plus `floor`.
-template <typename Element>
-void check_all(const std::vector<Element>& got, const std::vector<double>& expected,
-               double tolerance, double floor, const char* what) {
-  CHECK(got.size() == expected.size());
-  double scale = 0, error = 0;
-  for (std::size_t n = 0; n < expected.size(); ++n) {
-    scale = std::max(scale, std::abs(expected[n]));
-    const double difference = std::abs(static_cast<double>(got[n]) - expected[n]);
-    error = difference <= error ? error : difference;  // NaN sticks
-    if (std::isnan(difference)) error = kInfinity;
-  }
-  check::close(error, 0, tolerance * scale + floor, what, __FILE__, __LINE__);
-}
-
-std::vector<Isa> isas() {
-  std::vector<Isa> out;
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa <= widest_isa()) out.push_back(isa);
-  }
   return out;
 }
 
