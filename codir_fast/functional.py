@@ -146,7 +146,11 @@ def contrastive_loss(
         settings = (*options, *alike(temperature, normalize, symmetric, num_data, *given))
         batch = agree_on_batch("contrastive_loss", process_group, vectors, settings)
     is_nce = objective == "nce"
-    if negative_keys is None and batch is None and not is_nce and fuses_in_batch(backend, query):
+    if (
+        batch is None
+        and not is_nce
+        and _is_fused(query, positive_key, negative_keys, symmetric, backend)
+    ):
         loss = in_batch_contrast(
             query,
             positive_key,
@@ -172,6 +176,17 @@ def contrastive_loss(
     per_query = losses_of(ways, meant, batch)
     loss = (per_query[0] + per_query[1]) / 2 if symmetric else per_query[0]
     return _reduce(loss, weight, reduction, batch)
+
+
+def _is_fused(
+    query: Tensor, positive_key: Tensor, negative_keys: Negatives, symmetric: bool, backend: str
+) -> bool:
+    """Whether InfoNCE among the queries of this process is in_batch_contrast's. One way, for keys
+    that get no gradient, bank_contrast takes half of its operations.
+    """
+    if negative_keys is not None or not fuses_in_batch(backend, query):
+        return False
+    return symmetric or positive_key.requires_grad or not torch.is_grad_enabled()
 
 
 @torch.no_grad()

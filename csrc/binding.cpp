@@ -160,10 +160,10 @@ STABLE_TORCH_LIBRARY(codir_fast, m) {
   m.def(
       "in_batch_contrast(Tensor query, Tensor positive, Tensor inv_temperature, "
       "Tensor? labels=None, bool symmetric=False, bool normalize=False) -> "
-      "(Tensor loss, Tensor lse, Tensor negative_share)");
+      "(Tensor loss, Tensor lse)");
   m.def(
       "in_batch_contrast_backward(Tensor grad_loss, Tensor query, Tensor positive, "
-      "Tensor inv_temperature, Tensor lse, Tensor negative_share, Tensor? labels=None, "
+      "Tensor inv_temperature, Tensor lse, Tensor? labels=None, "
       "bool symmetric=False, bool normalize=False) -> "
       "(Tensor dquery, Tensor dpositive, Tensor dinv_temperature)");
   m.def(

@@ -40,29 +40,25 @@ struct InBatchContrastArguments {
   std::int64_t directions() const { return view.symmetric ? 2 : 1; }
 };
 
-std::tuple<Tensor, Tensor, Tensor> in_batch_contrast(const Tensor& query, const Tensor& positive,
-                                                     const Tensor& inv_temperature,
-                                                     const OptionalTensor& labels, bool symmetric,
-                                                     bool normalize) {
+std::tuple<Tensor, Tensor> in_batch_contrast(const Tensor& query, const Tensor& positive,
+                                             const Tensor& inv_temperature,
+                                             const OptionalTensor& labels, bool symmetric,
+                                             bool normalize) {
   const InBatchContrastArguments arguments(query, positive, inv_temperature, labels, symmetric,
                                            normalize);
   const std::int64_t B = arguments.view.B;
-  const std::int32_t float64 = aoti_torch_dtype_float64();
   Tensor loss = new_tensor(torch_dtype(arguments.view.dtype), {B});
-  Tensor lse = new_tensor(float64, {arguments.directions(), B});
-  Tensor negative_share = new_tensor(float64, {arguments.directions(), B});
-  check_status(in_batch_contrast_cpu(
-                   loss.mutable_data_ptr(),
-                   {lse.mutable_data_ptr<double>(), negative_share.mutable_data_ptr<double>()},
-                   arguments.view, torch_executor()),
+  Tensor lse = new_tensor(aoti_torch_dtype_float64(), {arguments.directions(), B});
+  check_status(in_batch_contrast_cpu(loss.mutable_data_ptr(), lse.mutable_data_ptr<double>(),
+                                     arguments.view, torch_executor()),
                "in_batch_contrast");
-  return {loss, lse, negative_share};
+  return {loss, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> in_batch_contrast_backward(
     const Tensor& grad_loss_view, const Tensor& query, const Tensor& positive,
-    const Tensor& inv_temperature, const Tensor& lse_view, const Tensor& negative_share_view,
-    const OptionalTensor& labels, bool symmetric, bool normalize) {
+    const Tensor& inv_temperature, const Tensor& lse_view, const OptionalTensor& labels,
+    bool symmetric, bool normalize) {
   const InBatchContrastArguments arguments(query, positive, inv_temperature, labels, symmetric,
                                            normalize);
   const std::int64_t B = arguments.view.B, D = arguments.view.D;
@@ -72,22 +68,17 @@ std::tuple<Tensor, Tensor, Tensor> in_batch_contrast_backward(
   const Tensor grad_loss = *vector_argument(grad_loss_view, "grad_loss", B,
                                             is_double ? ScalarType::Double : ScalarType::Float,
                                             is_double ? "float64, as `query`" : "float32");
-  const auto of_directions = [&](const Tensor& view, const char* name) {
-    check_size(view, name, {arguments.directions(), B});
-    check_dtype(view, name, ScalarType::Double, "float64");
-    return dense(view);
-  };
-  const Tensor lse = of_directions(lse_view, "lse");
-  const Tensor negative_share = of_directions(negative_share_view, "negative_share");
+  check_size(lse_view, "lse", {arguments.directions(), B});
+  check_dtype(lse_view, "lse", ScalarType::Double, "float64");
+  const Tensor lse = dense(lse_view);
   Tensor dquery = new_tensor(dtype, {B, D}), dpositive = new_tensor(dtype, {B, D});
   Tensor dinv_temperature = new_tensor(dtype, {});
-  check_status(in_batch_contrast_backward_cpu(
-                   {dquery.mutable_data_ptr(), dpositive.mutable_data_ptr(),
-                    dinv_temperature.mutable_data_ptr()},
-                   grad_loss.const_data_ptr(),
-                   {lse.const_data_ptr<double>(), negative_share.const_data_ptr<double>()},
-                   arguments.view, torch_executor()),
-               "in_batch_contrast_backward");
+  check_status(
+      in_batch_contrast_backward_cpu({dquery.mutable_data_ptr(), dpositive.mutable_data_ptr(),
+                                      dinv_temperature.mutable_data_ptr()},
+                                     grad_loss.const_data_ptr(), lse.const_data_ptr<double>(),
+                                     arguments.view, torch_executor()),
+      "in_batch_contrast_backward");
   bring_back(dquery, arguments.query, compute);
   bring_back(dpositive, arguments.positive, compute);
   return {dquery, dpositive, dinv_temperature};

@@ -126,14 +126,15 @@ void pack_queries(C* packed, const C* query, std::int64_t B, std::int64_t D, con
 }
 
 // The other way round: rows (B, D) of the first `num_queries` lanes of a tile.
-template <typename C>
-void unpack_tile(C* rows, const C* tile, std::int64_t num_queries, std::int64_t D,
+template <typename C, typename Sum>
+void unpack_tile(C* rows, const Sum* tile, std::int64_t num_queries, std::int64_t D,
                  std::int64_t lanes) {
   constexpr std::int64_t kColumns = 16;
   for (std::int64_t begin = 0; begin < D; begin += kColumns) {
     const std::int64_t end = std::min(begin + kColumns, D);
     for (std::int64_t lane = 0; lane < num_queries; ++lane) {
-      for (std::int64_t d = begin; d < end; ++d) rows[lane * D + d] = tile[d * lanes + lane];
+      for (std::int64_t d = begin; d < end; ++d)
+        rows[lane * D + d] = static_cast<C>(tile[d * lanes + lane]);
     }
   }
 }

@@ -24,29 +24,19 @@ struct InBatchContrastInputs {
   bool symmetric;
 };
 
-// What a direction's backward pass needs of its forward one, (B,) each, in double: lse, and the
-// share of the negatives in it, 1 - e^{s_ii - lse}, which keeps its digits where the loss is tiny.
-// One of each, or two where symmetric, one behind the other.
-template <typename Number>
-struct InBatchShares {
-  Number *lse, *negative_share;
-};
-
-// loss (B,) of dtype. Without negatives: 0. Results depend on the number of threads, not on their
-// timing.
-Status in_batch_contrast_cpu(void* loss, const InBatchShares<double>& shares,
-                             const InBatchContrastInputs& inputs, const Executor& executor,
-                             Isa isa = active_isa());
+// loss (B,) of dtype; lse (1 or 2 directions, B). Without negatives: loss 0. Results depend on the
+// number of threads, not on their timing.
+Status in_batch_contrast_cpu(void* loss, double* lse, const InBatchContrastInputs& inputs,
+                             const Executor& executor, Isa isa = active_isa());
 
 // Of sum_i grad_loss_i * loss_i: (B, D), (B, D) and a number, all of dtype.
 struct InBatchGradients {
   void *dquery, *dpositive, *dinv_temperature;
 };
 
-// grad_loss (B,) of dtype, shares as in_batch_contrast_cpu gave them.
+// grad_loss (B,) of dtype, lse as in_batch_contrast_cpu gave it.
 Status in_batch_contrast_backward_cpu(const InBatchGradients& out, const void* grad_loss,
-                                      const InBatchShares<const double>& shares,
-                                      const InBatchContrastInputs& inputs, const Executor& executor,
-                                      Isa isa = active_isa());
+                                      const double* lse, const InBatchContrastInputs& inputs,
+                                      const Executor& executor, Isa isa = active_isa());
 
 }  // namespace codir_fast

@@ -30,7 +30,8 @@ struct Plan {
   Range tiles(std::int64_t group) const { return share(tiling.tiles, groups, group); }
 };
 
-// The least work for the thread that has most; then few lanes without a query; then wide tiles.
+// The least work for the thread that has most; then few lanes without a query; then wide tiles. A
+// lane of a tile of one vector takes longer.
 template <typename C>
 Plan plan(const InBatchKernels<C>& kernel, const InBatchContrastInputs& in, int num_threads) {
   constexpr std::int64_t kWorthThreads = 1 << 21;  // products; fewer are done before one starts
@@ -39,7 +40,8 @@ Plan plan(const InBatchKernels<C>& kernel, const InBatchContrastInputs& in, int 
   std::int64_t best_work = std::numeric_limits<std::int64_t>::max();
   for (std::int64_t vectors = kernel.max_tile_vectors; vectors >= 1; --vectors) {
     const std::int64_t lanes = vectors * kernel.vector_lanes, tiles = ceil_div(in.B, lanes);
-    const std::int64_t groups = std::min(tiles, threads), work = ceil_div(tiles, groups) * lanes;
+    const std::int64_t groups = std::min(tiles, threads),
+                       work = ceil_div(tiles, groups) * lanes * (vectors == 1 ? 13 : 10);
     if (work < best_work || (work == best_work && lanes * tiles < best.tiling.size())) {
       best = {{lanes, tiles}, groups};
       best_work = work;
@@ -87,8 +89,8 @@ QuerySums add_parts(const C* shift, const double* total, std::int64_t parts, std
 }
 
 template <typename C>
-Status forward(C* loss, const InBatchShares<double>& shares, const InBatchContrastInputs& in,
-               const Executor& executor, Isa isa) {
+Status forward(C* loss, double* lse, const InBatchContrastInputs& in, const Executor& executor,
+               Isa isa) {
   const InBatchKernels<C>& kernel = kernels<C>(isa);
   const RowKernels<C>& of_rows = row_kernels<C>(isa);
   const C *query = static_cast<const C*>(in.query), *key = static_cast<const C*>(in.positive);
@@ -131,8 +133,7 @@ Status forward(C* loss, const InBatchShares<double>& shares, const InBatchContra
     const auto finish = [&](const QuerySums& sums, std::int64_t at) {
       const double log_sum = sums.shift + std::log(sums.total);
       const Softplus gap(log_sum - positive_logit);
-      shares.lse[at] = std::max(log_sum, positive_logit) + gap.excess;
-      shares.negative_share[at] = gap.slope;
+      lse[at] = std::max(log_sum, positive_logit) + gap.excess;
       return gap.value;
     };
     double value = finish(add_parts(shift + i, total + i, 1, 0), i);
@@ -170,9 +171,8 @@ struct WeightArrays {
 };
 
 template <typename C>
-Status backward(const InBatchGradients& out, const C* grad_loss,
-                const InBatchShares<const double>& shares, const InBatchContrastInputs& in,
-                const Executor& executor, Isa isa) {
+Status backward(const InBatchGradients& out, const C* grad_loss, const double* lse,
+                const InBatchContrastInputs& in, const Executor& executor, Isa isa) {
   // What the groups of queries have for the positive keys at a time, lest it grows with both.
   constexpr std::int64_t kPartialSums = 1 << 22, kRows = 126;  // of a pass's largest block
   const InBatchKernels<C>& kernel = kernels<C>(isa);
@@ -189,19 +189,20 @@ Status backward(const InBatchGradients& out, const C* grad_loss,
   const double factor = in.symmetric ? 0.5 : 1.0;
 
   Workspace space;
-  C *packed, *scratch, *padded_query, *run, *query_sums, *positive_sums;
-  double *slope, *dinv_temperature, *sums;
+  C *packed, *scratch, *padded_query, *query_sums, *positive_sums;
+  double *query_totals, *query_weights, *positive_weights, *dinv_temperature, *sums;
   std::int64_t* own;
   WeightArrays<C> of_lanes, of_columns;
   space.add(packed, size * in.D);
   space.add(scratch, groups * scratch_size);
   space.add(padded_query, is_padded ? in.B * columns : 0);
-  space.add(run, size * in.D);
-  space.add(query_sums, is_one_run ? 0 : size * in.D);
+  space.add(query_sums, size * in.D);
+  space.add(query_totals, is_one_run ? 0 : size * in.D);
   space.add(positive_sums, groups * chunk * columns);
+  space.add(query_weights, size);
+  space.add(positive_weights, in.symmetric ? groups * in.B : 0);
   of_lanes.add_to(space, size);
   of_columns.add_to(space, in.symmetric ? in.B + kRowsBeyond : 0);
-  space.add(slope, in.B);
   space.add(dinv_temperature, in.B);
   space.add(sums, executor.num_threads * in.D);
   space.add(own, in.B);
@@ -210,21 +211,19 @@ Status backward(const InBatchGradients& out, const C* grad_loss,
   const BankContrastInputs rows = as_rows(in, own);
   pack_queries(packed, query, in.B, in.D, plan.tiling);
   if (is_padded) std::fill_n(padded_query, in.B * columns, C{0});
-  for (std::int64_t i = 0; i < in.B; ++i) {
-    if (is_padded) std::copy_n(query + i * in.D, in.D, padded_query + i * columns);
-    slope[i] = shares.negative_share[i] + (in.symmetric ? shares.negative_share[in.B + i] : 0.0);
-    slope[i] *= factor * static_cast<double>(grad_loss[i]);
-  }
+  for (std::int64_t i = 0; is_padded && i < in.B; ++i)
+    std::copy_n(query + i * in.D, in.D, padded_query + i * columns);
+  std::fill_n(query_weights, size, 0.0);
+  if (in.symmetric) std::fill_n(positive_weights, groups * in.B, 0.0);
+  if (!is_one_run) std::fill_n(query_totals, size * in.D, 0.0);
   InBatchProducts<C> products{};
   products.row_query = is_padded ? padded_query : query;
   products.of_lanes =
-      of_lanes.fill(size, in.B, shares.lse, grad_loss, factor, std::numeric_limits<C>::infinity());
+      of_lanes.fill(size, in.B, lse, grad_loss, factor, std::numeric_limits<C>::infinity());
   if (in.symmetric) {
     products.of_rows =
-        of_columns.fill(in.B + kRowsBeyond, in.B, shares.lse + in.B, grad_loss, factor, C{0});
+        of_columns.fill(in.B + kRowsBeyond, in.B, lse + in.B, grad_loss, factor, C{0});
   }
-  if (is_one_run) query_sums = run;
-  std::fill_n(query_sums, size * in.D, C{0});
   // Calls finish(row, i) with D sums to be made, for each of these i.
   const auto for_rows = [&](const Range& all, const auto& finish) {
     const std::int64_t elements = (all.end - all.begin) * in.D;
@@ -243,35 +242,49 @@ Status backward(const InBatchGradients& out, const C* grad_loss,
         const Range tiles = plan.tiles(n);
         const std::int64_t at = tiles.begin * lanes * in.D, length = tiles.end * lanes * in.D - at;
         InBatchProducts<C> mine = products;
-        mine.query_sums = run + at;
+        mine.query_sums = query_sums + at;
+        mine.query_weights = query_weights + tiles.begin * lanes;
         mine.positive_sums = positive_sums + n * chunk * columns;
-        if (!is_one_run) std::fill_n(mine.query_sums, length, C{0});
+        if (in.symmetric) mine.positive_weights = positive_weights + n * in.B + first;
+        std::fill_n(mine.query_sums, length, C{0});
         kernel.backward(mine, {packed, &rows, lanes, tiles.begin, tiles.end, first, last,
                                scratch + n * scratch_size});
-        for (std::int64_t k = at; !is_one_run && k < at + length; ++k) query_sums[k] += run[k];
+        for (std::int64_t k = at; !is_one_run && k < at + length; ++k)
+          query_totals[k] += static_cast<double>(query_sums[k]);
       }
     });
     for_rows({first, last}, [&](double* row, std::int64_t i) {
       const C* part = positive_sums + (i - first) * columns;
       for (std::int64_t n = 0; n < groups; ++n)
         of_rows.add(row, part + n * chunk * columns, 1, 1.0, in.D);
-      of_rows.difference(dpositive + i * in.D, row, query + i * in.D, slope[i], in.inv_temperature,
-                         in.D);
+      for (std::int64_t d = 0; d < in.D; ++d) dpositive[i * in.D + d] = static_cast<C>(row[d]);
     });
   }
   const Range all_tiles{0, plan.tiling.tiles};
   for_parts(all_tiles, in.B * in.D, executor, [&](std::int64_t, const Range& tiles) {
     for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      const std::int64_t first = tile * lanes;
-      unpack_tile(dquery + first * in.D, query_sums + first * in.D, std::min(lanes, in.B - first),
-                  in.D, lanes);
+      const std::int64_t first = tile * lanes, num_queries = std::min(lanes, in.B - first);
+      C* const to = dquery + first * in.D;
+      if (is_one_run) {
+        unpack_tile(to, query_sums + first * in.D, num_queries, in.D, lanes);
+      } else {
+        unpack_tile(to, query_totals + first * in.D, num_queries, in.D, lanes);
+      }
     }
   });
+  // The gradients hold the negatives' part; the positive's is what their weights sum up to.
   for_rows({0, in.B}, [&](double* row, std::int64_t i) {
     const C *q = query + i * in.D, *p = key + i * in.D;
-    of_rows.add(row, dquery + i * in.D, 1, 1.0, in.D);
-    of_rows.difference(dquery + i * in.D, row, p, slope[i], in.inv_temperature, in.D);
-    dinv_temperature[i] = of_rows.dot_sums(q, row, in.D) - slope[i] * of_rows.dot(q, p, in.D);
+    double weight = query_weights[i];
+    for (std::int64_t n = 0; in.symmetric && n < groups; ++n)
+      weight += positive_weights[n * in.B + i];
+    C *const dq = dquery + i * in.D, *const dp = dpositive + i * in.D;
+    of_rows.add(row, dq, 1, 1.0, in.D);
+    of_rows.difference(dq, row, p, weight, in.inv_temperature, in.D);
+    dinv_temperature[i] = of_rows.dot_sums(q, row, in.D) - weight * of_rows.dot(q, p, in.D);
+    std::fill_n(row, in.D, 0.0);
+    of_rows.add(row, dp, 1, 1.0, in.D);
+    of_rows.difference(dp, row, q, weight, in.inv_temperature, in.D);
   });
   *static_cast<C*>(out.dinv_temperature) =
       static_cast<C>(std::accumulate(dinv_temperature, dinv_temperature + in.B, 0.0));
@@ -280,20 +293,18 @@ Status backward(const InBatchGradients& out, const C* grad_loss,
 
 }  // namespace
 
-Status in_batch_contrast_cpu(void* loss, const InBatchShares<double>& shares,
-                             const InBatchContrastInputs& inputs, const Executor& executor,
-                             Isa isa) {
+Status in_batch_contrast_cpu(void* loss, double* lse, const InBatchContrastInputs& inputs,
+                             const Executor& executor, Isa isa) {
   if (!supported(inputs.dtype, inputs.dtype)) return Status::kUnsupportedDType;
   if (inputs.B == 0) return Status::kOk;
   return in_dtype(inputs.dtype, [&](auto zero) {
-    return forward(static_cast<decltype(zero)*>(loss), shares, inputs, executor, isa);
+    return forward(static_cast<decltype(zero)*>(loss), lse, inputs, executor, isa);
   });
 }
 
 Status in_batch_contrast_backward_cpu(const InBatchGradients& out, const void* grad_loss,
-                                      const InBatchShares<const double>& shares,
-                                      const InBatchContrastInputs& inputs, const Executor& executor,
-                                      Isa isa) {
+                                      const double* lse, const InBatchContrastInputs& inputs,
+                                      const Executor& executor, Isa isa) {
   if (!supported(inputs.dtype, inputs.dtype)) return Status::kUnsupportedDType;
   return in_dtype(inputs.dtype, [&](auto zero) {
     using C = decltype(zero);
@@ -301,7 +312,7 @@ Status in_batch_contrast_backward_cpu(const InBatchGradients& out, const void* g
       *static_cast<C*>(out.dinv_temperature) = 0;
       return Status::kOk;
     }
-    return backward(out, static_cast<const C*>(grad_loss), shares, inputs, executor, isa);
+    return backward(out, static_cast<const C*>(grad_loss), lse, inputs, executor, isa);
   });
 }
 

@@ -17,11 +17,12 @@ namespace {
 constexpr std::int64_t kGroupRows = 14;  // whose terms are added up in C before they meet others
 
 // The sums are, forward: of each row of a block a vector of shifts, then one of totals; backward:
-// the block's positive_sums of the run of tiles, then those of all runs.
+// the block's positive_sums of the run of tiles, then those of all runs, then of each row a vector
+// of weights.
 template <typename C>
 std::int64_t scratch_size(std::int64_t lanes, std::int64_t D, bool is_backward) {
-  const std::int64_t columns = is_backward ? padded_dim<C>(D) : kLanes<C>;
-  return Scratch<C>::size(lanes, D) + 2 * (kMaxBlockRows + kMaxTileRows) * columns;
+  const std::int64_t columns = is_backward ? 2 * padded_dim<C>(D) + kLanes<C> : 2 * kLanes<C>;
+  return Scratch<C>::size(lanes, D) + (kMaxBlockRows + kMaxTileRows) * columns;
 }
 
 template <typename V>
@@ -165,12 +166,16 @@ void scan_tiles(const InBatchSums<C>& out, const BankTask<C>& task) {
   }
 }
 
-// Makes W. 0 where lse is +inf: that marks lanes past B, whose logits may be NaN.
+// Makes W, and sums of each direction's own part of it: over the rows for each lane, over the tile
+// for each row, a vector. 0 where lse is +inf: that marks lanes past B, whose logits may be NaN.
 template <int NV, bool kSymmetric, typename C>
 struct Weights {
   using V = Vec<C>;
-  InBatchWeights<C> of_lanes, of_rows;  // of the tile, of the block
-  V high{}, low{}, coefficient{};       // of the row
+  InBatchWeights<C> of_lanes, of_rows;        // of the tile, of the block
+  C* row_sums;                                // [row][vector]
+  V high{}, low{}, coefficient{}, row_sum{};  // of the row
+  C* row_sum_at = nullptr;
+  V group[NV] = {}, sum[NV] = {};
 
   V at(const C* values, int v) const { return load<V>(values + v * kLanes<C>); }
 
@@ -185,20 +190,47 @@ struct Weights {
       high = splat(of_rows.high[k]);
       low = splat(of_rows.low[k]);
       coefficient = splat(of_rows.coefficient[k]);
+      row_sum_at = row_sums + k * kLanes<C>;
+      row_sum = load<V>(row_sum_at);
     }
   }
 
   V gap(V product, V scale, int) const { return rounded(product * scale); }
 
-  V operator()(V logit, V, int v) const {
+  V operator()(V logit, V, int v) {
     const V lse = at(of_lanes.high, v);
+    const auto is_past = lse == kInfinity<C>;
     V weight = share(logit, lse, at(of_lanes.low, v)) * at(of_lanes.coefficient, v);
-    if constexpr (kSymmetric) weight += share(logit, high, low) * coefficient;
-    return lse == kInfinity<C> ? V{} : weight;
+    weight = is_past ? V{} : weight;
+    group[v] += weight;
+    if constexpr (kSymmetric) {
+      V other = share(logit, high, low) * coefficient;
+      other = is_past ? V{} : other;
+      row_sum += other;
+      weight += other;
+      if (v == NV - 1) store(row_sum_at, row_sum);
+    }
+    return weight;
   }
 
-  void end_group() const {}
+  void end_group() {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      sum[v] += group[v];
+      group[v] = V{};
+    }
+  }
 };
+
+// Adds each row's vector to its total, and empties it.
+template <typename C>
+void end_row_sums(double* totals, C* row_sums, std::int64_t num_rows) {
+  for (std::int64_t k = 0; k < num_rows; ++k) {
+    for (int lane = 0; lane < kLanes<C>; ++lane)
+      totals[k] += static_cast<double>(row_sums[k * kLanes<C> + lane]);
+  }
+  fill(row_sums, num_rows * kLanes<C>, C{0});
+}
 
 template <typename C>
 InBatchWeights<C> from(const InBatchWeights<C>& weights, std::int64_t begin) {
@@ -218,6 +250,8 @@ void backward_tiles(const InBatchProducts<C>& out, const BankTask<C>& task) {
   const std::int64_t size = (kMaxBlockRows + kMaxTileRows) * columns;
   const bool is_one_run = num_tiles <= tiles_per_run;
   C *const run = scratch.sums, *const block_sums = is_one_run ? run : run + size;
+  C* const row_sums = run + 2 * size;
+  fill(row_sums, (kMaxBlockRows + kMaxTileRows) * kLanes<C>, C{0});
   Block<C> block;
   for (std::int64_t begin = task.row_begin; begin < task.row_end; begin += block.size) {
     load_block(block, scratch, task, begin, tile_rows(NV));
@@ -225,15 +259,21 @@ void backward_tiles(const InBatchProducts<C>& out, const BankTask<C>& task) {
     if (!is_one_run) fill(block_sums, size, C{0});
     for (std::int64_t n = 0; n < num_tiles; ++n) {
       const std::int64_t tile = task.tile_begin + n;
-      Weights<NV, kSymmetric, C> weights{from(out.of_lanes, tile * lanes), out.of_rows};
+      Weights<NV, kSymmetric, C> weights{from(out.of_lanes, tile * lanes), out.of_rows, row_sums};
       if constexpr (kSymmetric) weights.of_rows = from(out.of_rows, begin);
       visit_products<NV>(weights, scratch.products, task, tile, block, n == 0);
+      for (std::int64_t lane = 0; lane < lanes; ++lane) {
+        const C sum = weights.sum[lane / kLanes<C>][lane % kLanes<C>];
+        out.query_weights[n * lanes + lane] += static_cast<double>(sum);
+      }
       add_weighted_rows<NV>(out.query_sums + n * D * lanes, scratch.products, block, D);
       add_queries(run, columns, scratch.products, block.size,
                   out.row_query + tile * lanes * columns, lanes,
                   std::min(lanes, task.inputs->B - tile * lanes));
       const bool ends = n + 1 == num_tiles || (n + 1) % tiles_per_run == 0;
       if (!is_one_run && ends) end_run(block_sums, run, size);
+      if (kSymmetric && ends)
+        end_row_sums(out.positive_weights + begin - task.row_begin, row_sums, block.size);
     }
     C* const to = out.positive_sums + (begin - task.row_begin) * columns;
     for (std::int64_t n = 0; n < block.size * columns; ++n) to[n] = block_sums[n];

@@ -14,7 +14,7 @@ namespace codir_fast {
 // numbers.
 constexpr std::int64_t kRowsBeyond = 16;
 
-constexpr std::int64_t kRowsPerRun = 2646;  // a multiple of the rows of any block
+constexpr std::int64_t kRowsPerRun = 1008;  // a multiple of the rows of any block
 
 // For each query of the task's tiles, and each of its rows, the sum of e^{s - shift} over what the
 // other side of the task has of allowed ones; where there is none, shift -inf and total 0.
@@ -40,6 +40,7 @@ struct InBatchWeights {
 template <typename C>
 struct InBatchProducts {
   C *query_sums, *positive_sums;
+  double *query_weights, *positive_weights;
   const C* row_query;  // (B, padded_D): q again, padded with 0
   InBatchWeights<C> of_lanes, of_rows;
 };

@@ -40,22 +40,25 @@ def _save(
     ctx: Any,
     vectors: tuple[Tensor, ...],
     rest: tuple[Any, ...],
-    output: tuple[Tensor, Tensor, Tensor],
+    output: tuple[Tensor, Tensor],
     needs: tuple[bool, ...],
 ) -> None:
     labels, ctx.symmetric, ctx.normalize = rest
     ctx.set_materialize_grads(False)
     ctx.needs = needs[:3]
-    ctx.save_for_backward(*vectors, *output[1:], labels)
+    # What a teacher made under inference_mode can't be saved; its copy can.
+    vectors = tuple(x.clone() if x.is_inference() else x for x in vectors)
+    labels = labels.clone() if labels is not None and labels.is_inference() else labels
+    ctx.save_for_backward(*vectors, output[1], labels)
 
 
 def _differentiate(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 3
-    *vectors, lse, negative_share, labels = ctx.saved_tensors
+    *vectors, lse, labels = ctx.saved_tensors
     of_each = grad_loss.expand(vectors[0].shape[0]).contiguous()
     options = (labels, ctx.symmetric, ctx.normalize)
-    grads = _backward(of_each, *vectors, lse, negative_share, *options)
+    grads = _backward(of_each, *vectors, lse, *options)
     wanted = [
         grad.to(dtype=vector.dtype, device=vector.device) if needed else None
         for grad, vector, needed in zip(grads, vectors, ctx.needs, strict=True)
@@ -70,11 +73,10 @@ def _fake(
     labels: Tensor | None = None,
     symmetric: bool = False,
     normalize: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     B = query.shape[0]
     loss = query.new_empty(B, dtype=compute_dtype(query.dtype))
-    lse = query.new_empty(2 if symmetric else 1, B, dtype=torch.float64)
-    return loss, lse, torch.empty_like(lse)
+    return loss, query.new_empty(2 if symmetric else 1, B, dtype=torch.float64)
 
 
 def _fake_backward(

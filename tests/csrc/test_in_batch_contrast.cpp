@@ -84,7 +84,7 @@ void add_labels(Case<C>& some) {
 template <typename Element>
 struct Results {
   std::vector<Element> loss, dquery, dpositive, dinv_temperature;
-  std::vector<double> lse, negative_share;
+  std::vector<double> lse;
 };
 
 // In long double, so that it is more exact than what it judges in double too; `largest` is that of
@@ -123,7 +123,6 @@ Results<double> definition(const Case<C>& some, double& largest) {
       const Real loss = own == 1 ? std::log1p(others) : maximum - positive + std::log(own + others);
       out.loss[i] += static_cast<double>(loss / directions);
       out.lse.push_back(static_cast<double>(positive + loss));
-      out.negative_share.push_back(static_cast<double>(others / (own + others)));
       for (std::int64_t j = 0; j < B; ++j) {
         if (some.is_negative(i, j))
           weight[at(i, j)] += factor * std::exp(logit[at(i, j)] - positive - loss);
@@ -153,13 +152,13 @@ Results<C> run(const Case<C>& some, int num_threads, Isa isa) {
   const C nan = static_cast<C>(kNan);
   const std::vector<C> matrix(some.B * some.D, nan);
   const std::vector<double> of_directions(some.B * (some.symmetric ? 2 : 1), kNan);
-  Results<C> out{std::vector<C>(some.B, nan), matrix, matrix, {nan}, of_directions, of_directions};
-  CHECK(in_batch_contrast_cpu(out.loss.data(), {out.lse.data(), out.negative_share.data()},
-                              some.inputs(), threads(num_threads), isa) == Status::kOk);
+  Results<C> out{std::vector<C>(some.B, nan), matrix, matrix, {nan}, of_directions};
+  CHECK(in_batch_contrast_cpu(out.loss.data(), out.lse.data(), some.inputs(), threads(num_threads),
+                              isa) == Status::kOk);
   CHECK(in_batch_contrast_backward_cpu(
             {out.dquery.data(), out.dpositive.data(), out.dinv_temperature.data()},
-            some.grad_loss.data(), {out.lse.data(), out.negative_share.data()}, some.inputs(),
-            threads(num_threads), isa) == Status::kOk);
+            some.grad_loss.data(), out.lse.data(), some.inputs(), threads(num_threads),
+            isa) == Status::kOk);
   return out;
 }
 
@@ -178,7 +177,6 @@ void check_case(Case<C> some, const std::vector<int>& thread_counts = {1, 3}) {
         const Results<C> got = run(some, num_threads, isa);
         check_all(got.loss, expected.loss, relative, tiny, "loss");
         check_all(got.lse, expected.lse, relative, tiny, "lse");
-        check_all(got.negative_share, expected.negative_share, relative, tiny, "negative_share");
         check_all(got.dquery, expected.dquery, relative, tiny / some.temperature, "dquery");
         check_all(got.dpositive, expected.dpositive, relative, tiny / some.temperature,
                   "dpositive");
@@ -317,8 +315,8 @@ int main() {
   Case<float> some = random_case<float>(3, 4);
   InBatchContrastInputs half = some.inputs();
   half.dtype = DType::kFloat16;
-  std::vector<double> lse(3), negative_share(3);
-  CHECK(in_batch_contrast_cpu(some.grad_loss.data(), {lse.data(), negative_share.data()}, half,
-                              threads(1)) == Status::kUnsupportedDType);
+  std::vector<double> lse(3);
+  CHECK(in_batch_contrast_cpu(some.grad_loss.data(), lse.data(), half, threads(1)) ==
+        Status::kUnsupportedDType);
   return check::exit_code();
 }
