@@ -61,7 +61,8 @@ def contrastive_loss(
     On a GPU products run in the dtype of `query`, float32 ones as
     torch.backends.cuda.matmul.fp32_precision says, and sums in float32 (NCE over several ranks: all
     in float32). On a CPU all runs in float32, or float64 for float64 input; in-batch InfoNCE takes
-    one pass forward and one backward there, whether one way or both. A query without
+    one pass forward and one backward there, for one way or both; `query` and `positive_key` may not
+    change in between, as is usual in PyTorch. A query without
     negatives (an empty A_i, K = 0) has InfoNCE loss 0 and gradient 0; in NCE the positive's term
     stays, and c is 1 where M or n is 0. As in PyTorch, the mean over no query (B = 0) is NaN.
 
