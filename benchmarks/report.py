@@ -103,6 +103,7 @@ def plot_shapes(rows: Sequence[Row], stamp: str, path: Path) -> None:
             axis.text(row["ratio"], name, label, va="center", fontsize=7)
         low, high = min(ratios) / 2, max(ratios)
         axis.set(xscale="log", xlim=(low, high * (high / low) ** 1.1))  # room for the labels
+        _plain_ticks(axis.xaxis, high / low)
         sizes = ", ".join(str(size) for size in own[0]["sizes"].values())
         axis.set_title(f"{shape} ({sizes})", fontsize=9)
         axis.tick_params(labelsize=7)
@@ -161,6 +162,15 @@ def _figure(lines: int, columns: int, width: float, height: float) -> Any:
 
     size = (width * columns, height * lines)
     return plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+
+
+def _plain_ticks(axis: Any, spread: float) -> None:
+    """Numbers as people write them, on a logarithmic axis: more of them where few powers fit."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 30 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _save(figure: Any, stamp: str, path: Path) -> None:
