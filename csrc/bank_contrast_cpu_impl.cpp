@@ -36,13 +36,13 @@ template <int NV, typename Objective, typename C>
 struct Weigh {
   using V = Vec<C>;
   Objective objective;
-  V shift[NV], group[NV], sum[NV], top[NV];
+  V shift[NV], top[NV];
+  GroupedSum<NV, C> sum;
 
   Weigh(const Objective& objective, const C* shifts) : objective(objective) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       shift[v] = load<V>(shifts + v * kLanes<C>);
-      group[v] = sum[v] = V{};
       top[v] = splat(-kInfinity<C>);
     }
   }
@@ -57,17 +57,11 @@ struct Weigh {
       gap = gap > C{2 * kSlack} ? splat(C{2 * kSlack}) : gap;
     }
     const auto [term, weight] = objective(gap);
-    group[v] += term;
+    sum.add(term, v);
     return weight * bank_scale;
   }
 
-  void end_group() {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      sum[v] += group[v];
-      group[v] = V{};
-    }
-  }
+  void end_group() { sum.end_group(); }
 };
 
 // Sums of a tile of queries so far, indexed by lane; `run` and `rows` are [d][lane].
@@ -128,9 +122,7 @@ void block_weights(const Objective& objective, C* weights, const BankTask<C>& ta
       visit_products<NV>(weigh, weights, task, tile, block, false);
     }
   }
-  for (std::int64_t lane = 0; lane < NV * kLanes<C>; ++lane) {
-    sums.total[lane] += static_cast<double>(weigh.sum[lane / kLanes<C>][lane % kLanes<C>]);
-  }
+  weigh.sum.add_to(sums.total);
 }
 
 template <int NV, typename Objective, typename C>

@@ -48,6 +48,27 @@ struct Block {
   std::int64_t bytes_per_element;
 };
 
+// A sum for each lane, of groups of a register tile's rows and then of these: none stagnates.
+template <int NV, typename C>
+struct GroupedSum {
+  Vec<C> group[NV] = {}, total[NV] = {};
+
+  void add(Vec<C> term, int v) { group[v] += term; }
+
+  void end_group() {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      total[v] += group[v];
+      group[v] = Vec<C>{};
+    }
+  }
+
+  void add_to(double* totals) const {
+    for (int lane = 0; lane < NV * kLanes<C>; ++lane)
+      totals[lane] += static_cast<double>(total[lane / kLanes<C>][lane % kLanes<C>]);
+  }
+};
+
 // Which rows of a block are no negatives of the queries of a tile.
 template <typename C>
 struct TileMask {

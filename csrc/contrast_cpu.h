@@ -125,18 +125,25 @@ void pack_queries(C* packed, const C* query, std::int64_t B, std::int64_t D, con
   }
 }
 
-// The other way round: rows (B, D) of the first `num_queries` lanes of a tile.
+// pack_queries the other way round.
 template <typename C, typename Sum>
-void unpack_tile(C* rows, const Sum* tile, std::int64_t num_queries, std::int64_t D,
-                 std::int64_t lanes) {
+void unpack_queries(C* query, const Sum* packed, std::int64_t B, std::int64_t D,
+                    const Tiling& tiling, const Executor& executor) {
   constexpr std::int64_t kColumns = 16;
-  for (std::int64_t begin = 0; begin < D; begin += kColumns) {
-    const std::int64_t end = std::min(begin + kColumns, D);
-    for (std::int64_t lane = 0; lane < num_queries; ++lane) {
-      for (std::int64_t d = begin; d < end; ++d)
-        rows[lane * D + d] = static_cast<C>(tile[d * lanes + lane]);
+  for_parts({0, tiling.tiles}, B * D, executor, [&](std::int64_t, const Range& tiles) {
+    for (std::int64_t first = tiles.begin * tiling.lanes; first < tiles.end * tiling.lanes;
+         first += tiling.lanes) {
+      const Sum* tile = packed + first * D;
+      const std::int64_t last = std::min(B, first + tiling.lanes);
+      for (std::int64_t begin = 0; begin < D; begin += kColumns) {
+        const std::int64_t end = std::min(begin + kColumns, D);
+        for (std::int64_t i = first; i < last; ++i) {
+          for (std::int64_t d = begin; d < end; ++d)
+            query[i * D + d] = static_cast<C>(tile[d * tiling.lanes + i - first]);
+        }
+      }
     }
-  }
+  });
 }
 
 // Per range of rows: shift and total (tiling.size(),), weighted_rows (tiling.size() * D).

@@ -54,36 +54,25 @@ Plan plan(const InBatchKernels<C>& kernel, const InBatchContrastInputs& in, int 
 // hold their numbers.
 BankContrastInputs as_rows(const InBatchContrastInputs& in, std::int64_t* own) {
   std::iota(own, own + in.B, std::int64_t{0});
-  return {in.query,
-          in.positive,
-          nullptr,
-          in.labels,
-          in.labels,
-          own,
-          nullptr,
-          in.B,
-          in.B,
-          in.D,
-          in.dtype,
-          in.dtype,
-          in.inv_temperature,
-          Objective::kInfoNce,
-          0.0,
-          1.0};
+  BankContrastInputs rows{};
+  rows.query = in.query;
+  rows.bank = in.positive;
+  rows.labels = rows.bank_labels = in.labels;
+  rows.exclude_index = own;
+  rows.B = rows.K = in.B;
+  rows.D = in.D;
+  rows.dtype = rows.bank_dtype = in.dtype;
+  rows.inv_temperature = in.inv_temperature;
+  return rows;
 }
 
-// The sums of one direction of query or key i over its negatives, relative to e^shift, from `parts`
-// that lie `stride` apart.
-template <typename C>
-QuerySums add_parts(const C* shift, const double* total, std::int64_t parts, std::int64_t stride) {
+// The sums of key i over its queries, from those that each group has of them.
+QuerySums add_groups(const double* shift, const double* total, std::int64_t groups, std::int64_t B,
+                     std::int64_t i) {
   QuerySums sums{-std::numeric_limits<double>::infinity(), 0};
-  for (std::int64_t n = 0; n < parts; ++n) {
-    if (total[n * stride] != 0) sums.shift = std::max<double>(sums.shift, shift[n * stride]);
-  }
-  if (std::isinf(sums.shift)) sums.shift = 0;
-  for (std::int64_t n = 0; n < parts; ++n) {
-    if (total[n * stride] == 0) continue;  // its shift means nothing
-    sums.total += total[n * stride] * std::exp(static_cast<double>(shift[n * stride]) - sums.shift);
+  for (std::int64_t at = i; at < groups * B; at += B) sums.shift = std::max(sums.shift, shift[at]);
+  for (std::int64_t at = i; at < groups * B; at += B) {
+    if (total[at] != 0) sums.total += total[at] * std::exp(shift[at] - sums.shift);
   }
   return sums;
 }
@@ -119,10 +108,8 @@ Status forward(C* loss, double* lse, const InBatchContrastInputs& in, const Exec
       const Range tiles = plan.tiles(n);
       InBatchSums<C> sums{shift + tiles.begin * lanes, total + tiles.begin * lanes, nullptr,
                           nullptr};
-      if (in.symmetric) {
-        sums.column_shift = column_shift + n * in.B;
-        sums.column_total = column_total + n * in.B;
-      }
+      if (in.symmetric) sums.column_shift = column_shift + n * in.B;
+      if (in.symmetric) sums.column_total = column_total + n * in.B;
       kernel.scan(sums, {packed, &rows, lanes, tiles.begin, tiles.end, 0, in.B,
                          scratch + n * scratch_size});
     }
@@ -136,10 +123,10 @@ Status forward(C* loss, double* lse, const InBatchContrastInputs& in, const Exec
       lse[at] = std::max(log_sum, positive_logit) + gap.excess;
       return gap.value;
     };
-    double value = finish(add_parts(shift + i, total + i, 1, 0), i);
+    double value = finish({static_cast<double>(shift[i]), total[i]}, i);
     if (in.symmetric) {
-      const QuerySums of_column = add_parts(column_shift + i, column_total + i, groups, in.B);
-      value = (value + finish(of_column, in.B + i)) / 2;
+      const QuerySums of_key = add_groups(column_shift, column_total, groups, in.B, i);
+      value = (value + finish(of_key, in.B + i)) / 2;
     }
     loss[i] = static_cast<C>(value);
   }
@@ -260,18 +247,11 @@ Status backward(const InBatchGradients& out, const C* grad_loss, const double* l
       for (std::int64_t d = 0; d < in.D; ++d) dpositive[i * in.D + d] = static_cast<C>(row[d]);
     });
   }
-  const Range all_tiles{0, plan.tiling.tiles};
-  for_parts(all_tiles, in.B * in.D, executor, [&](std::int64_t, const Range& tiles) {
-    for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      const std::int64_t first = tile * lanes, num_queries = std::min(lanes, in.B - first);
-      C* const to = dquery + first * in.D;
-      if (is_one_run) {
-        unpack_tile(to, query_sums + first * in.D, num_queries, in.D, lanes);
-      } else {
-        unpack_tile(to, query_totals + first * in.D, num_queries, in.D, lanes);
-      }
-    }
-  });
+  if (is_one_run) {
+    unpack_queries(dquery, query_sums, in.B, in.D, plan.tiling, executor);
+  } else {
+    unpack_queries(dquery, query_totals, in.B, in.D, plan.tiling, executor);
+  }
   // The gradients hold the negatives' part; the positive's is what their weights sum up to.
   for_rows({0, in.B}, [&](double* row, std::int64_t i) {
     const C *q = query + i * in.D, *p = key + i * in.D;

@@ -65,7 +65,7 @@ void add_rows(const InBatchSums<C>& sums, const Logits<NV, C>& logits, const C* 
               std::int64_t num_rows) {
   using V = Vec<C>;
   constexpr std::int64_t lanes = NV * kLanes<C>;
-  V shift[NV], sum[NV];
+  V shift[NV];
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) {
     const V before = load<V>(sums.shift + v * kLanes<C>), after = larger(logits.top[v], before);
@@ -74,21 +74,18 @@ void add_rows(const InBatchSums<C>& sums, const Logits<NV, C>& logits, const C* 
     const V factor = exp(before - shift[v]);
     for (int lane = 0; lane < kLanes<C>; ++lane)
       sums.total[v * kLanes<C> + lane] *= static_cast<double>(factor[lane]);
-    sum[v] = V{};
   }
+  GroupedSum<NV, C> sum;
   for (std::int64_t begin = 0; begin < num_rows; begin += kGroupRows) {
     const std::int64_t end = begin + kGroupRows < num_rows ? begin + kGroupRows : num_rows;
-    V group[NV] = {};
     for (std::int64_t k = begin; k < end; ++k) {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v)
-        group[v] += exp(load<V>(products + k * lanes + v * kLanes<C>) - shift[v]);
+        sum.add(exp(load<V>(products + k * lanes + v * kLanes<C>) - shift[v]), v);
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) sum[v] += group[v];
+    sum.end_group();
   }
-  for (std::int64_t lane = 0; lane < lanes; ++lane)
-    sums.total[lane] += static_cast<double>(sum[lane / kLanes<C>][lane % kLanes<C>]);
+  sum.add_to(sums.total);
 }
 
 // Adds a tile's logits to the sums of the block's rows. Lanes past B are no queries.
@@ -175,7 +172,7 @@ struct Weights {
   C* row_sums;                                // [row][vector]
   V high{}, low{}, coefficient{}, row_sum{};  // of the row
   C* row_sum_at = nullptr;
-  V group[NV] = {}, sum[NV] = {};
+  GroupedSum<NV, C> sum{};
 
   V at(const C* values, int v) const { return load<V>(values + v * kLanes<C>); }
 
@@ -202,7 +199,7 @@ struct Weights {
     const auto is_past = lse == kInfinity<C>;
     V weight = share(logit, lse, at(of_lanes.low, v)) * at(of_lanes.coefficient, v);
     weight = is_past ? V{} : weight;
-    group[v] += weight;
+    sum.add(weight, v);
     if constexpr (kSymmetric) {
       V other = share(logit, high, low) * coefficient;
       other = is_past ? V{} : other;
@@ -213,13 +210,7 @@ struct Weights {
     return weight;
   }
 
-  void end_group() {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      sum[v] += group[v];
-      group[v] = V{};
-    }
-  }
+  void end_group() { sum.end_group(); }
 };
 
 // Adds each row's vector to its total, and empties it.
@@ -262,10 +253,7 @@ void backward_tiles(const InBatchProducts<C>& out, const BankTask<C>& task) {
       Weights<NV, kSymmetric, C> weights{from(out.of_lanes, tile * lanes), out.of_rows, row_sums};
       if constexpr (kSymmetric) weights.of_rows = from(out.of_rows, begin);
       visit_products<NV>(weights, scratch.products, task, tile, block, n == 0);
-      for (std::int64_t lane = 0; lane < lanes; ++lane) {
-        const C sum = weights.sum[lane / kLanes<C>][lane % kLanes<C>];
-        out.query_weights[n * lanes + lane] += static_cast<double>(sum);
-      }
+      weights.sum.add_to(out.query_weights + n * lanes);
       add_weighted_rows<NV>(out.query_sums + n * D * lanes, scratch.products, block, D);
       add_queries(run, columns, scratch.products, block.size,
                   out.row_query + tile * lanes * columns, lanes,

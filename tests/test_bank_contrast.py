@@ -174,6 +174,20 @@ def test_logits_whose_rounding_is_huge(backend, size):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_lse_of_huge_logits_keeps_its_digits(backend):
+    """The largest logit is a negative's and all of lse, also where the positive's is as long: what
+    is off there is e to that in the weight of its row.
+    """
+    case = make_case(64, 300, 8)
+    for name in ("query", "positive", "bank"):
+        setattr(case, name, getattr(case, name) * 1e7)
+    upstream = torch.rand(64)
+    dbank = gradients(ours(backend), case, "bank", upstream)[3]
+    exact = gradients(plain, case, "bank", upstream, torch.float64)[3]
+    assert (dbank.double() - exact).norm() < 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_clustered_bank(backend, assert_accurate):
     # 64 clusters: many large weights next to each other, where a running float32 sum stagnates.
     centres = F.normalize(torch.randn(64, 128), dim=1)

@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
+#include <random>
 #include <vector>
 
 #include "check.h"
@@ -16,6 +18,31 @@ namespace codir_fast {
 template <typename Element>
 double value_of(Element element) {
   return static_cast<double>(to_compute(element));
+}
+
+template <typename Element>
+Element rounded(double value) {
+  Element out;
+  from_compute(static_cast<Compute<Element>>(value), &out);
+  return out;
+}
+
+// Random directions.
+template <typename Element>
+std::vector<Element> unit_rows(std::int64_t rows, std::int64_t D, std::mt19937& random) {
+  std::normal_distribution<double> normal;
+  std::vector<Element> out(rows * D);
+  std::vector<double> row(D);
+  for (std::int64_t n = 0; n < rows; ++n) {
+    double square = 0;
+    for (double& element : row) {
+      element = normal(random);
+      square += element * element;
+    }
+    for (std::int64_t d = 0; d < D; ++d)
+      out[n * D + d] = rounded<Element>(row[d] / std::sqrt(square));
+  }
+  return out;
 }
 
 // The largest error within tolerance times the largest value expected, plus `floor`.

@@ -42,13 +42,6 @@ constexpr double epsilon<BFloat16> = 0x1p-7;
 template <>
 constexpr double epsilon<Float16> = 0x1p-10;
 
-template <typename Element>
-Element rounded(double value) {
-  Element out;
-  from_compute(static_cast<Compute<Element>>(value), &out);
-  return out;
-}
-
 // One call's arguments; C is what arithmetic runs in, T how the bank is stored. Empty vectors are
 // arguments not given.
 template <typename C, typename T = C>
@@ -91,23 +84,6 @@ struct Case {
            (exclude_index.empty() || exclude_index[i] != j);
   }
 };
-
-template <typename Element>
-std::vector<Element> unit_rows(std::int64_t rows, std::int64_t D, std::mt19937& random) {
-  std::normal_distribution<double> normal;
-  std::vector<Element> out(rows * D);
-  std::vector<double> row(D);
-  for (std::int64_t n = 0; n < rows; ++n) {
-    double square = 0;
-    for (double& element : row) {
-      element = normal(random);
-      square += element * element;
-    }
-    for (std::int64_t d = 0; d < D; ++d)
-      out[n * D + d] = rounded<Element>(row[d] / std::sqrt(square));
-  }
-  return out;
-}
 
 template <typename C, typename T = C>
 Case<C, T> random_case(std::int64_t B, std::int64_t K, std::int64_t D) {

@@ -45,22 +45,6 @@ struct Case {
 };
 
 template <typename C>
-std::vector<C> unit_rows(std::int64_t rows, std::int64_t D, std::mt19937& random) {
-  std::normal_distribution<double> normal;
-  std::vector<C> out;
-  std::vector<double> row(D);
-  for (std::int64_t n = 0; n < rows; ++n) {
-    double square = 0;
-    for (double& element : row) {
-      element = normal(random);
-      square += element * element;
-    }
-    for (const double element : row) out.push_back(static_cast<C>(element / std::sqrt(square)));
-  }
-  return out;
-}
-
-template <typename C>
 Case<C> random_case(std::int64_t B, std::int64_t D) {
   std::mt19937 random(static_cast<unsigned>(B + 1000 * D));
   std::uniform_real_distribution<double> uniform(-1, 1);
