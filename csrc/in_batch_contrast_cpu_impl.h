@@ -36,7 +36,9 @@ struct InBatchWeights {
 // With W_ij = coefficient_i e^{s_ij - lse_i} (+ that of the other direction), over allowed pairs:
 // sum_j W_ij p_j is added to query_sums, [tile][d][lane] from tile_begin, for the task's rows j,
 // at most kRowsPerRun, lest the sums stagnate; positive_sums, [row][padded_D] from row_begin,
-// become sum_i W_ij q_i over the task's queries.
+// become sum_i W_ij q_i over the task's queries. To query_weights, [tile][lane], and
+// positive_weights, [row] (null unless symmetric), is added what each direction's own part of W
+// sums up to: what the positive's weight lacks of 1, of the weights as they were rounded.
 template <typename C>
 struct InBatchProducts {
   C *query_sums, *positive_sums;
