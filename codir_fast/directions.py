@@ -20,7 +20,9 @@ from codir_fast.negatives import (
     Negatives,
     RowForm,
     as_rows,
+    carries_gradient,
     choose_negatives,
+    scaled_rows,
 )
 from codir_fast.ops.bank_contrast import bank_contrast
 from codir_fast.ops.contrast import compute_dtype
@@ -49,16 +51,24 @@ def arrange(
     wide = compute_dtype(query.dtype)
     dtype = wide if is_split_nce else product_dtype(query, backend)
     # The operator widens query and positive and brings them to unit length, unless NCE's sums are
-    # split over ranks, or they are needed so several times.
-    several_times = negative_keys is None or symmetric
+    # split over ranks, or they are needed so several times. Keys that serve as negatives need not
+    # be: a CPU scales them as it reads them. On a GPU that is no faster, and some kernels can't.
+    in_batch = negative_keys is None
+    only_keys = in_batch and batch is None and not (symmetric or carries_gradient(positive_key))
+    scales_keys = only_keys and query.is_cpu
+    several_times = symmetric or (in_batch and not scales_keys)
     raw = dtype != wide or (normalize and not (several_times or is_split_nce))
     q, p = (query, positive_key) if raw else prepare(query, positive_key, normalize, backend)
     by_operator = normalize and raw
     serve = partial(as_rows, form=RowForm(by_operator, dtype, backend))  # as negatives in-batch
     inv_temperature = inverse_temperature(temperature, query)
-    key = serve(p) if negative_keys is None else p
+    key, scale = p, None
+    if in_batch:
+        key, scale = scaled_rows(p, wide) if scales_keys and by_operator else (serve(p), None)
     form = RowForm(normalize, dtype, backend)
     negatives = choose_negatives(query, key, negative_keys, form, *given, batch)
+    if scale is not None:
+        negatives.scale = scale
     check_float8(negatives, temperature)
     ways = _both_ways(q, p, negatives, serve if symmetric else None)
     return ways, Objective(inv_temperature, None, 1, 1, by_operator, backend)

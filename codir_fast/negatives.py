@@ -17,6 +17,7 @@ from codir_fast.checks import (
 )
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
 from codir_fast.ops.contrast import compute_dtype
+from codir_fast.ops.registration import is_transformed
 from codir_fast.ops.unit_rows import EPS, unit_rows
 from codir_fast.sharding import GlobalBatch
 
@@ -165,10 +166,22 @@ def _explicit(rows: Tensor, form: RowForm) -> tuple[Tensor, Tensor | None]:
     """Rows, and their factors if any."""
     if not form.normalize:
         return rows.contiguous(), None
-    if rows.requires_grad and torch.is_grad_enabled():
+    if carries_gradient(rows):
         return as_rows(rows, form), None
-    # Without gradient the kernel scales the rows as it reads them, and no normalised copy is made.
-    return rows.contiguous(), _inverse_norm(rows.detach(), compute_dtype(form.dtype))
+    return scaled_rows(rows, compute_dtype(form.dtype))
+
+
+def carries_gradient(vectors: Tensor) -> bool:
+    """Whether they do, or may: what functorch's transforms wrap does not always say so."""
+    return is_transformed(vectors) or (vectors.requires_grad and torch.is_grad_enabled())
+
+
+def scaled_rows(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Vectors (N, D) as negatives without a gradient, and the factors (N,) that bring them to unit
+    length: the kernel scales rows as it reads them, and no normalised copy is made.
+    """
+    rows = vectors.detach()
+    return rows.contiguous(), _inverse_norm(rows, dtype)
 
 
 def _check_index(query: Tensor, index: Tensor, K: int) -> Tensor:

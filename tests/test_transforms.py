@@ -165,6 +165,29 @@ def test_vmap(backend):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("form", ["in-batch", "symmetric", "explicit"])
+def test_gradients_through_vmap(form, objective, backend):
+    """What vmap wraps does not say that it needs a gradient, and gets one all the same."""
+    vectors = [torch.randn(3, n, D, requires_grad=True) for n in (6, 6, 20)]
+    vectors = vectors if form == "explicit" else vectors[:2]
+    options = {"objective": objective, "log_partition": 3.0} if objective == "nce" else {}
+
+    def loss_of(*given):
+        return contrastive_loss(*given, symmetric=form == "symmetric", backend=backend, **options)
+
+    def mapped(*given):
+        return torch.func.vmap(loss_of)(*given).sum()
+
+    each = sum(loss_of(*given) for given in zip(*vectors, strict=True))
+    expected = torch.autograd.grad(each, vectors)
+    torch.testing.assert_close(torch.autograd.grad(mapped(*vectors), vectors), expected)
+    plain = [x.detach() for x in vectors]
+    wanted = tuple(range(len(plain)))
+    torch.testing.assert_close(torch.func.grad(mapped, wanted)(*plain), expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("option", ["negative_index", "exclude_index", "temperature"])
 def test_vmap_over_an_option(option, backend):
     q, negatives = torch.randn(3, 6, D), torch.randn(20, D)
