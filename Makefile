@@ -127,7 +127,7 @@ test-gpu: gpu $(GPU_BUILD)/.installed
 	  printf %s "-n $(WORKERS) --max-worker-restart $(WORKERS)"); set -x; \
 	$(if $(REST)$(SANITIZE),,$(call gpu_part,120,test_sanitizer.py); \
 	$(call gpu_part,180,test_named_shapes.py); \
-	$(call gpu_part,150,test_cuda.py test_loss.py);) \
+	$(call gpu_part,150,test_cuda.py test_loss.py test_in_batch.py);) \
 	$(if $(QUICK)$(SANITIZE),,$(call gpu_part,120,test_launches.py test_pool_and_update.py); \
 	$(call gpu_part,300,test_contrast.py);) \
 	$(if $(QUICK)$(REST),,if $(SANITIZER) $(MEMCHECK) $(THEIR_PYTHON) -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; then \

@@ -20,8 +20,8 @@ OPS = ("masked_pool", "bank_contrast", "indexed_contrast", "bank_update")
 NAMES = ("torch", "cpu", "triton", "cuda")
 _OPS_OF: dict[str, tuple[str, ...]] = {
     "torch": OPS,
-    "cpu": (*OPS, "in_batch_contrast"),  # elsewhere bank_contrast in one direction, then the other
-    "triton": OPS,
+    "cpu": (*OPS, "in_batch_contrast"),  # others take bank_contrast in each direction
+    "triton": (*OPS, "in_batch_contrast"),
     "cuda": ("masked_pool", "bank_contrast"),
 }
 
@@ -122,11 +122,29 @@ def runs_triton(backend: str, tensor: torch.Tensor) -> bool:
     return name == "triton" or (name == "cuda" and _has_triton())
 
 
-def fuses_in_batch(backend: str, tensor: torch.Tensor) -> bool:
-    """Whether the backend that runs bank_contrast on queries like this tensor has in_batch_contrast
-    too.
+def in_batch_backend(backend: str, tensor: torch.Tensor, symmetric: bool) -> str | None:
+    """Who runs in_batch_contrast on queries like this tensor; None where bank_contrast in each
+    direction serves better, or the backend has no more than that.
     """
-    return "in_batch_contrast" in _OPS_OF[resolve("bank_contrast", backend, tensor)]
+    name = resolve("bank_contrast", backend, tensor)
+    if name == "cuda" and backend == "auto" and _has_triton():
+        name = "triton"
+    if "in_batch_contrast" not in _OPS_OF[name]:
+        return None
+    return name if name != "triton" or symmetric or _is_small_in_batch(tensor) else None
+
+
+def _is_small_in_batch(tensor: torch.Tensor) -> bool:
+    """Whether what Triton's in_batch_contrast computes beyond bank_contrast, one way, takes less
+    time than the launches that it saves. Both ways it computes less.
+    """
+    B, D = tensor.shape
+    if not (isinstance(B, int) and isinstance(D, int)):  # torch.compile would keep to one answer
+        return False
+    # 2 B^2 D operations for each 256 columns, which at 400 TFLOP/s are 20 us; float32's take three
+    # products of half the rate or less.
+    operations = 2 * B * B * D * -(-D // 256)
+    return operations <= (1 << 33 if tensor.dtype != torch.float32 else 1 << 30)
 
 
 class _Inputs(NamedTuple):

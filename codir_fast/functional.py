@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codir_fast.backend import fuses_in_batch
+from codir_fast.backend import in_batch_backend
 from codir_fast.checks import check_device, check_tensor
 from codir_fast.directions import arrange, losses_of
 from codir_fast.global_batch import agree_on_batch, alike
@@ -60,9 +60,10 @@ def contrastive_loss(
     Nothing of size B x K is made, and loss and gradients come out of one pass over the negatives.
     On a GPU products run in the dtype of `query`, float32 ones as
     torch.backends.cuda.matmul.fp32_precision says, and sums in float32 (NCE over several ranks: all
-    in float32). On a CPU all runs in float32, or float64 for float64 input; in-batch InfoNCE takes
-    one pass forward and one backward there, for one way or both; `query` and `positive_key` may not
-    change in between, as is usual in PyTorch. A query without
+    in float32). On a CPU all runs in float32, or float64 for float64 input. In-batch InfoNCE
+    that gives keys a gradient takes one pass forward and one backward, for one way or both, on a
+    CPU and by Triton (there one way only while that is less work than two passes); `query` and
+    `positive_key` may not change in between, as is usual in PyTorch. A query without
     negatives (an empty A_i, K = 0) has InfoNCE loss 0 and gradient 0; in NCE the positive's term
     stays, and c is 1 where M or n is 0. As in PyTorch, the mean over no query (B = 0) is NaN.
 
@@ -147,11 +148,10 @@ def contrastive_loss(
         settings = (*options, *alike(temperature, normalize, symmetric, num_data, *given))
         batch = agree_on_batch("contrastive_loss", process_group, vectors, settings)
     is_nce = objective == "nce"
-    if (
-        batch is None
-        and not is_nce
-        and _is_fused(query, positive_key, negative_keys, symmetric, backend)
-    ):
+    fused = None
+    if batch is None and not is_nce and negative_keys is None:
+        fused = _fused_backend(query, positive_key, symmetric, backend)
+    if fused is not None:
         loss = in_batch_contrast(
             query,
             positive_key,
@@ -159,6 +159,7 @@ def contrastive_loss(
             in_batch_labels(query, *given),
             symmetric,
             normalize,
+            backend=fused,
             reduction=reduction if weight is None else "none",
         )
         return loss if weight is None else _reduce(loss, weight, reduction, batch)
@@ -179,15 +180,15 @@ def contrastive_loss(
     return _reduce(loss, weight, reduction, batch)
 
 
-def _is_fused(
-    query: Tensor, positive_key: Tensor, negative_keys: Negatives, symmetric: bool, backend: str
-) -> bool:
-    """Whether InfoNCE among the queries of this process is in_batch_contrast's. One way, for keys
-    that get no gradient, bank_contrast takes half of its operations.
+def _fused_backend(
+    query: Tensor, positive_key: Tensor, symmetric: bool, backend: str
+) -> str | None:
+    """Whose in_batch_contrast InfoNCE among the queries of this process is. One way, for keys that
+    get no gradient, bank_contrast takes half of its operations.
     """
-    if negative_keys is not None or not fuses_in_batch(backend, query):
-        return False
-    return symmetric or positive_key.requires_grad or not torch.is_grad_enabled()
+    if symmetric or positive_key.requires_grad or not torch.is_grad_enabled():
+        return in_batch_backend(backend, query, symmetric)
+    return None
 
 
 @torch.no_grad()

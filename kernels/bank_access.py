@@ -111,7 +111,7 @@ def load_picks(labels_ptr, exclude_ptr, i, B, HAS_LABELS: tl.constexpr, HAS_EXCL
 def dot_products(
     query_ptr,
     bank,
-    i,
+    i0,
     j0,
     usable,
     B,
@@ -123,11 +123,14 @@ def dot_products(
     BLOCK_K: tl.constexpr,
     CHUNK_D: tl.constexpr,
 ):
-    """q_i.b_j over all D, CHUNK_D columns at a time. query_ptr: a descriptor with TMA."""
+    """q_i.b_j of rows i0.. and j0.. over all D, CHUNK_D columns at a time. query_ptr: a descriptor
+    with TMA.
+    """
+    i = (i0 + tl.arange(0, BLOCK_B)).to(tl.int64)
     s = tl.zeros((BLOCK_B, BLOCK_K), tl.float32)
     for d0 in tl.range(0, D, CHUNK_D):
         if TMA:
-            query = query_ptr.load([tl.program_id(0) * BLOCK_B, d0])
+            query = query_ptr.load([tl.cast(i0, tl.int32), d0])
         else:
             query = load_queries(query_ptr, i, d0 + tl.arange(0, CHUNK_D), B, D)
         tile = load_bank(bank, j0, d0, usable, D, query.dtype, HAS_VALID, TMA, BLOCK_K, CHUNK_D)

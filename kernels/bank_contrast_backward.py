@@ -62,7 +62,7 @@ def bank_contrast_backward_kernel(
         s = dot_products(
             query_ptr,
             bank,
-            i,
+            i0,
             j0,
             usable,
             B,

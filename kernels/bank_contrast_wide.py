@@ -58,13 +58,14 @@ def bank_contrast_weights_kernel(
     """Grid (blocks of B, tiles of the chunk): weights (B, chunk_rows) relative to the tile's own
     maximum, which is stored with the sum of terms, (tiles, B).
     """
-    i = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    i0 = tl.program_id(0) * BLOCK_B
+    i = (i0 + tl.arange(0, BLOCK_B)).to(tl.int64)
     column = tl.program_id(1) * BLOCK_K
     j0 = tl.cast(chunk_begin, tl.int64) + column
     j = j0 + tl.arange(0, BLOCK_K)
     scale, usable = load_scale(scale_ptr, valid_ptr, j, K, HAS_SCALE, HAS_VALID)
     s = dot_products(
-        query_ptr, bank, i, j0, usable, B, D, HAS_VALID, PRECISION, TMA, BLOCK_B, BLOCK_K, CHUNK_D
+        query_ptr, bank, i0, j0, usable, B, D, HAS_VALID, PRECISION, TMA, BLOCK_B, BLOCK_K, CHUNK_D
     )
     factor = scalar(inv_temperature, T_ON_DEVICE)
     if not NCE:

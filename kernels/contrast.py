@@ -48,7 +48,7 @@ def add_compensated(total, lost, terms):
 
 
 @triton.jit
-def _inverse_norm(row, NORMALIZE: tl.constexpr):
+def inverse_norm(row, NORMALIZE: tl.constexpr):
     """1 / max(|row|, 1e-12) of a row in float64, and whether the row is longer than that."""
     if NORMALIZE:
         norm = tl.sqrt(tl.sum(row * row, 0))
@@ -58,10 +58,30 @@ def _inverse_norm(row, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
+def through_norm(gradient, unit, inverse, moves):
+    """Of a row, from that of its unit row: back through the division by the norm. `inverse` and
+    `moves` as inverse_norm gave them.
+    """
+    along = tl.where(moves, tl.sum(gradient * unit, 0), 0.0)
+    return (gradient - along * unit) * inverse
+
+
+@triton.jit
+def largest_maximum(maximum_ptr, stride, splits, BLOCK_S: tl.constexpr):
+    """Of the splits' maxima of a row, which lie `stride` apart."""
+    largest = tl.full((BLOCK_S,), -float("inf"), tl.float32)
+    for n0 in range(0, splits, BLOCK_S):
+        n = (n0 + tl.arange(0, BLOCK_S)).to(tl.int64)
+        maximum = tl.load(maximum_ptr + n * stride, mask=n < splits, other=-float("inf"))
+        largest = tl.maximum(largest, maximum)
+    return tl.max(largest, 0)
+
+
+@triton.jit
 def _unit_row(out_ptr, rows_ptr, n, D, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     row = tl.load(rows_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float64)
-    inverse, _ = _inverse_norm(row, True)
+    inverse, _ = inverse_norm(row, True)
     unit = (row * inverse).to(tl.float32)
     tl.store(out_ptr + n * D + d, unit.to(out_ptr.dtype.element_ty), mask=d < D)
 
@@ -153,12 +173,7 @@ def combine_kernel(
     inside = d < D
     query = tl.load(query_ptr + i * D + d, mask=inside, other=0.0).to(tl.float64)
     positive = tl.load(positive_ptr + i * D + d, mask=inside, other=0.0).to(tl.float64)
-    largest = tl.full((BLOCK_S,), -float("inf"), tl.float32)
-    for n0 in range(0, splits, BLOCK_S):
-        n = (n0 + tl.arange(0, BLOCK_S)).to(tl.int64)
-        maximum = tl.load(maximum_ptr + n * B + i, mask=n < splits, other=-float("inf"))
-        largest = tl.maximum(largest, maximum)
-    largest = tl.max(largest, 0)
+    largest = largest_maximum(maximum_ptr + i, B, splits, BLOCK_S)
     shift = tl.where(largest == -float("inf"), 0.0, largest)
     total = tl.zeros((BLOCK_S,), tl.float64)
     summed = tl.zeros((BLOCK_S, BLOCK_D), tl.float64)
@@ -176,8 +191,8 @@ def combine_kernel(
     total = tl.sum(total, 0)
     summed = tl.sum(summed, 0)
 
-    query_scale, query_moves = _inverse_norm(query, NORMALIZE)
-    positive_scale, positive_moves = _inverse_norm(positive, NORMALIZE)
+    query_scale, query_moves = inverse_norm(query, NORMALIZE)
+    positive_scale, positive_moves = inverse_norm(positive, NORMALIZE)
     query = query * query_scale
     positive = positive * positive_scale
     inv_t = scalar(inv_temperature, T_ON_DEVICE).to(tl.float64)
@@ -196,11 +211,9 @@ def combine_kernel(
         direction = positive_weight * (summed / tl.where(total == 0, 1.0, total) - positive)
     dquery = direction * inv_t
     dpositive = -positive_weight * query * inv_t
-    if NORMALIZE:  # back through the division by the norm
-        along_query = tl.where(query_moves, tl.sum(dquery * query, 0), 0.0)
-        dquery = (dquery - along_query * query) * query_scale
-        along_positive = tl.where(positive_moves, tl.sum(dpositive * positive, 0), 0.0)
-        dpositive = (dpositive - along_positive * positive) * positive_scale
+    if NORMALIZE:
+        dquery = through_norm(dquery, query, query_scale, query_moves)
+        dpositive = through_norm(dpositive, positive, positive_scale, positive_moves)
     tl.store(loss_ptr + i, loss)
     tl.store(lse_ptr + i, lse)
     tl.store(dinv_temperature_ptr + i, tl.sum(query * direction, 0))

@@ -65,7 +65,7 @@ class Problem:
                 check(name, tensor, (size,), (dtype,), device)
         self.device, self.dtype, self.normalize = device, query.dtype, normalize
         self.query, self.bank = query.contiguous(), bank.contiguous()
-        self.inv_temperature, on_device = _number(inv_temperature, device)
+        self.inv_temperature, on_device = number(inv_temperature, device)
         valid = None if valid is None else valid.view(torch.uint8)  # a bool is a byte
         masks = (bank_scale, labels, bank_labels, exclude_index, valid)
         self.masks = tuple(None if mask is None else mask.contiguous() for mask in masks)
@@ -190,7 +190,7 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def _number(inv_temperature: Tensor, device: torch.device) -> tuple[Tensor | float, bool]:
+def number(inv_temperature: Tensor, device: torch.device) -> tuple[Tensor | float, bool]:
     """1/t as kernels take it, and whether that is by address: nothing waits for the device."""
     if inv_temperature.device == device and device.type == "cuda":
         check("inv_temperature", inv_temperature, (), SCALAR_DTYPES, device)

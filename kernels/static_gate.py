@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from codir_fast.kernels import tiles, variants
+from codir_fast.kernels import bank_contrast, in_batch_passes, tiles, variants
 from codir_fast.kernels.ahead_of_time import INSTRUCTIONS, Built, build
 from codir_fast.kernels.variants import ARCHITECTURES, Variant
 
+# Which multiply queries by tiles of the rows that they walk over.
+_PASSES = (
+    bank_contrast.bank_contrast_kernel,
+    in_batch_passes.in_batch_sums_kernel,
+    in_batch_passes.in_batch_gradient_sums_kernel,
+)
 # Bytes a program may have. sm_80's tiles serve sm_86, sm_89 and sm_120 too, which have less.
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 TIMES_FEWER_WAITS = 4  # than wgmma: more are a loop that waits for each product
@@ -30,7 +36,7 @@ def faults(variant: Variant, built: Built) -> list[str]:
         found.append(f"spills: {built.stack} bytes, {counts['LDL']} LDL, {counts['STL']} STL")
     if built.shared > tiles.choose(SHARED_LIMIT, variant.arch):
         found.append(f"{built.shared} bytes of shared memory")
-    if variant.kernel is variants.bank_contrast.bank_contrast_kernel:
+    if variant.kernel in _PASSES and variant.arguments.get("WHOLE", True):
         found += _faults_of_the_pass(variant, counts)
     return found
 

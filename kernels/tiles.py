@@ -324,6 +324,41 @@ def bank_contrast_backward(arch: int, dtype: torch.dtype, padded_D: int) -> dict
     return tile._replace(BLOCK_D=BLOCK_D, CHUNK_D=CHUNK_D)._asdict()
 
 
+def in_batch_contrast(
+    arch: int, dtype: torch.dtype, B: int, D: int, has_labels: bool
+) -> dict[str, Any]:
+    """That of bank_contrast's pass, or of the first of its two products."""
+    narrow = _in_batch(arch, dtype, B, D, int(has_labels))
+    if narrow:
+        return dict(narrow)
+    wide = choose(BANK_CONTRAST_WIDE, arch)[_key(dtype)][0]
+    BLOCK_B = min(wide.BLOCK_B, max(64, next_power_of_2(B)), 128 if has_labels else 256)
+    return {**wide._replace(BLOCK_B=BLOCK_B)._asdict(), "BLOCK_D": wide.CHUNK_D, "WHOLE": False}
+
+
+def in_batch_contrast_backward(arch: int, dtype: torch.dtype, B: int, D: int) -> dict[str, Any]:
+    """That of bank_contrast's pass with numbers for each of a tile's columns; or that of its
+    gradient to the bank.
+    """
+    narrow = dict(_in_batch(arch, dtype, B, D, 1))
+    if narrow:
+        if 100 <= arch < 120 and narrow["BLOCK_B"] == 64 and narrow["BLOCK_D"] <= 128:
+            narrow |= {"num_warps": 4, "num_stages": 3}  # with 8 warps some bytes are spilled
+        return narrow
+    tile = choose(BANK_CONTRAST_BACKWARD, arch)[_key(dtype)]
+    blocks = {"BLOCK_B": tile.BLOCK_K, "BLOCK_K": tile.BLOCK_B}
+    return {**tile._asdict(), **blocks, "TMA": False, "WHOLE": False}
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_batch(arch: int, dtype: torch.dtype, B: int, D: int, load: int) -> dict[str, Any]:
+    tile = dict(_bank_contrast(arch, dtype, B, D, load, None))
+    if tile:
+        del tile["FIXED"]  # sums follow the running maximum, and weights know lse
+        tile |= {"CHUNK_D": tile["BLOCK_D"], "WHOLE": True}
+    return tile
+
+
 def indexed_contrast(arch: int, padded_D: int) -> dict[str, int]:
     return _indexed(choose(INDEXED_CONTRAST, arch), padded_D, 64)
 

@@ -4,7 +4,6 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,12 +20,19 @@ from codir_fast.kernels import (
     unit_rows,
 )
 from codir_fast.kernels.ahead_of_time import Type, descriptor, pointer
-from triton.runtime import JITFunction
+from codir_fast.kernels.in_batch_variants import in_batch
+from codir_fast.kernels.variant import (
+    COUNT,
+    FLOAT,
+    HALF,
+    NUMBER,
+    WIDTH,
+    Variant,
+    make_variant,
+    name_of,
+)
 
 ARCHITECTURES = (80, 90, 100)
-HALF, FLOAT = torch.bfloat16, torch.float32
-COUNT, NUMBER = Type("i32"), Type("fp32")
-WIDTH = Type("i32", divisible=True)
 
 # What picks a query's negatives, by the uses that the public interface has.
 USES: dict[str, dict[str, bool]] = {
@@ -52,21 +58,6 @@ QUERIES = (16, 32, 64, 256, 512, 2048, 4096)  # each tile of a table serves one 
 FLAGS = ("HAS_SCALE", "HAS_LABELS", "HAS_EXCLUDE", "HAS_VALID", "HAS_TAIL", "NCE", "T_ON_DEVICE")
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A kernel for sm_`arch`, as ahead_of_time.build takes it."""
-
-    operator: str
-    name: str
-    arch: int
-    kernel: JITFunction
-    arguments: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"{self.operator}: {self.name}, sm_{self.arch}"
-
-
 def every(arch: int) -> list[Variant]:
     """All variants for an architecture; of those that are the same the first."""
     different: dict[tuple[Any, ...], Variant] = {}
@@ -78,6 +69,7 @@ def every(arch: int) -> list[Variant]:
 
 def _every(arch: int) -> Iterator[Variant]:
     yield from pools(arch)
+    yield from in_batch(arch)
     for dtype in (HALF, torch.float16, FLOAT):
         for D in (64, 128, 256, 512):
             for B in QUERIES:
@@ -136,20 +128,8 @@ def _sums() -> dict[str, Type]:
     return dict.fromkeys(("maximum_ptr", "total_ptr", "rows_ptr"), pointer(FLOAT))
 
 
-def _variant(
-    operator: str, name: str, arch: int, kernel: JITFunction, given: dict[str, Any]
-) -> Variant:
-    options = {key: given[key] for key in ("num_warps", "num_stages") if key in given}
-    arguments = {key: given[key] for key in kernel.arg_names}
-    return Variant(operator, name, arch, kernel, arguments, options)
-
-
-def _name(*parts: Any) -> str:
-    return ", ".join(str(part).removeprefix("torch.") for part in parts)
-
-
 def _dtypes(dtype: torch.dtype, bank_dtype: torch.dtype | None) -> tuple[Any, ...]:
-    return (dtype,) if bank_dtype is None else (dtype, f"{_name(bank_dtype)} bank")
+    return (dtype,) if bank_dtype is None else (dtype, f"{name_of(bank_dtype)} bank")
 
 
 def passes(
@@ -183,8 +163,8 @@ def passes(
         "PRECISION": problem.precision(dtype),
     }
     dtypes = _dtypes(dtype, bank_dtype)
-    name = _name(*dtypes, f"D={D}", f"B={B}", use)
-    yield _variant("bank_contrast", name, arch, bank_contrast.bank_contrast_kernel, given)
+    name = name_of(*dtypes, f"D={D}", f"B={B}", use)
+    yield make_variant("bank_contrast", name, arch, bank_contrast.bank_contrast_kernel, given)
 
 
 def two_products(
@@ -216,16 +196,18 @@ def two_products(
         **first,
     }
     kernel = bank_contrast_wide.bank_contrast_weights_kernel
-    yield _variant("bank_contrast", _name("weights", *dtypes, f"B={B}", use), arch, kernel, given)
+    yield make_variant(
+        "bank_contrast", name_of("weights", *dtypes, f"B={B}", use), arch, kernel, given
+    )
     if bank_dtype is None and use not in ("all rows", "bank not full", "NCE"):
         return  # the second product differs by no more
     block = (first["BLOCK_K"], second["BLOCK_D"])
     bank = descriptor(stored, *block) if tma else pointer(stored)
     for FIRST in (True, False):
         given = {**common, "bank": bank, "TMA": tma, "FIRST": FIRST, "BLOCK_K": first["BLOCK_K"]}
-        name = _name("rows", *dtypes, use, "first chunk" if FIRST else "later chunk")
+        name = name_of("rows", *dtypes, use, "first chunk" if FIRST else "later chunk")
         kernel = bank_contrast_wide.bank_contrast_rows_kernel
-        yield _variant("bank_contrast", name, arch, kernel, given | second)
+        yield make_variant("bank_contrast", name, arch, kernel, given | second)
 
 
 def backward(arch: int, dtype: torch.dtype, D: int, use: str) -> Variant:
@@ -243,8 +225,8 @@ def backward(arch: int, dtype: torch.dtype, D: int, use: str) -> Variant:
         **tiles.bank_contrast_backward(arch, dtype, D),
     }
     kernel = bank_contrast_backward.bank_contrast_backward_kernel
-    name = _name(dtype, f"D={D}", use)
-    return _variant("bank_contrast_backward", name, arch, kernel, given)
+    name = name_of(dtype, f"D={D}", use)
+    return make_variant("bank_contrast_backward", name, arch, kernel, given)
 
 
 def by_index(arch: int, D: int, use: str) -> Iterator[Variant]:
@@ -261,14 +243,14 @@ def by_index(arch: int, D: int, use: str) -> Iterator[Variant]:
         **dict.fromkeys(("B", "M", "K", "positions_per_split"), COUNT),
         "D": WIDTH,
     }
-    module, name = indexed_contrast, _name(f"D={D}", use)
+    module, name = indexed_contrast, name_of(f"D={D}", use)
     tile = tiles.indexed_contrast(arch, D)
-    yield _variant(
+    yield make_variant(
         "indexed_contrast", name, arch, module.indexed_contrast_kernel, {**given, **tile}
     )
     tile = tiles.indexed_contrast_backward(arch, D)
     kernel = module.indexed_contrast_backward_kernel
-    yield _variant("indexed_contrast_backward", name, arch, kernel, {**given, **tile})
+    yield make_variant("indexed_contrast_backward", name, arch, kernel, {**given, **tile})
 
 
 def others(arch: int, D: int) -> Iterator[Variant]:
@@ -291,8 +273,8 @@ def others(arch: int, D: int) -> Iterator[Variant]:
         }
         if T_ON_DEVICE:
             given["inv_temperature"] = pointer(FLOAT)
-        name = _name("combine", f"D={D}", "NCE" if NCE else "InfoNCE", f"{splits} splits")
-        yield _variant("bank_contrast", name, arch, contrast.combine_kernel, given)
+        name = name_of("combine", f"D={D}", "NCE" if NCE else "InfoNCE", f"{splits} splits")
+        yield make_variant("bank_contrast", name, arch, contrast.combine_kernel, given)
     for SORTED in (False, True):
         labels = ("labels_ptr", "bank_labels_ptr", "sought_ptr")
         given = {
@@ -305,8 +287,8 @@ def others(arch: int, D: int) -> Iterator[Variant]:
             "SORTED": SORTED,
             **problem.prepare_tile(D),
         }
-        name = _name("prepare", f"D={D}", "labels sorted" if SORTED else "labels compared")
-        yield _variant("bank_contrast", name, arch, contrast.prepare_kernel, given)
+        name = name_of("prepare", f"D={D}", "labels sorted" if SORTED else "labels compared")
+        yield make_variant("bank_contrast", name, arch, contrast.prepare_kernel, given)
     for dtype in (HALF, FLOAT):
         given = {
             **dict.fromkeys(("unit_ptr", "drows_ptr", "grad_ptr", "rows_ptr"), pointer(dtype)),
@@ -315,9 +297,11 @@ def others(arch: int, D: int) -> Iterator[Variant]:
             "D": WIDTH,
             **tiles.unit_rows(D),
         }
-        name = _name(f"D={D}", dtype)
+        name = name_of(f"D={D}", dtype)
         for kernel in (unit_rows.unit_rows_kernel, unit_rows.unit_rows_backward_kernel):
-            yield _variant(kernel.fn.__name__.removesuffix("_kernel"), name, arch, kernel, given)
+            yield make_variant(
+                kernel.fn.__name__.removesuffix("_kernel"), name, arch, kernel, given
+            )
     given = {
         "bank_ptr": pointer(HALF),
         "filled_ptr": pointer(torch.uint8),
@@ -329,7 +313,7 @@ def others(arch: int, D: int) -> Iterator[Variant]:
         "HAS_FILLED": True,
         **tiles.bank_update(D),
     }
-    yield _variant("bank_update", f"D={D}", arch, bank_update.bank_update_kernel, given)
+    yield make_variant("bank_update", f"D={D}", arch, bank_update.bank_update_kernel, given)
 
 
 def pools(arch: int) -> Iterator[Variant]:
@@ -359,7 +343,9 @@ def pool(
         "L": L,
         **tile,
     }
-    name = _name(mode, dtype, "no mask" if mask is None else mask)
+    name = name_of(mode, dtype, "no mask" if mask is None else mask)
     module = masked_pool
-    yield _variant("masked_pool", name, arch, module.masked_pool_kernel, given)
-    yield _variant("masked_pool_backward", name, arch, module.masked_pool_backward_kernel, given)
+    yield make_variant("masked_pool", name, arch, module.masked_pool_kernel, given)
+    yield make_variant(
+        "masked_pool_backward", name, arch, module.masked_pool_backward_kernel, given
+    )

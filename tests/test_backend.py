@@ -66,10 +66,31 @@ def test_backends_says_what_runs_here_and_why(monkeypatch):
         assert not status["cuda"].available and "CUDA" in status["cuda"].reason
 
 
-def test_who_fuses_in_batch_losses():
-    assert backend.fuses_in_batch("auto", CPU) and backend.fuses_in_batch("cpu", CPU)
-    assert not backend.fuses_in_batch("torch", CPU)
-    assert not backend.fuses_in_batch("auto", Like(torch.device("meta")))
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_who_fuses_in_batch_losses(symmetric):
+    for name, like in (("auto", CPU), ("cpu", CPU)):
+        assert backend.in_batch_backend(name, like, symmetric) == "cpu"
+    for name, like in (("torch", CPU), ("auto", Like(torch.device("meta")))):
+        assert backend.in_batch_backend(name, like, symmetric) is None
+
+
+def test_who_fuses_in_batch_losses_on_a_gpu(gpu, monkeypatch):
+    few, many = (replace(HALF, shape=(n, 128)) for n in (5792, 5793))
+    assert backend.resolve("bank_contrast", "auto", few) == "cuda"
+    for name in ("auto", "triton"):
+        assert backend.in_batch_backend(name, few, False) == "triton"
+        assert backend.in_batch_backend(name, many, True) == "triton"
+        assert backend.in_batch_backend(name, many, False) is None
+    for name in ("torch", "cuda"):
+        assert backend.in_batch_backend(name, few, True) is None
+    symbolic = replace(few, shape=(object(), 128))  # as torch.compile has B: nothing is asked of it
+    assert backend.in_batch_backend("triton", symbolic, False) is None
+    assert backend.in_batch_backend("triton", symbolic, True) == "triton"
+    for other in (replace(few, dtype=torch.float64), replace(few, shape=(2, 5000))):
+        assert backend.in_batch_backend("auto", other, True) is None
+    backend._remembered.cache_clear()
+    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    assert backend.in_batch_backend("auto", few, True) is None
 
 
 @pytest.mark.parametrize("op", backend.OPS)

@@ -1,8 +1,9 @@
-"""in_batch_contrast, the C++ kernels' form of losses in-batch: against the float64 reference, and
-against bank_contrast in each direction, which other backends take.
+"""in_batch_contrast on the CPU: against the float64 reference, and against bank_contrast in each
+direction, which backend "torch" takes.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -15,9 +16,10 @@ from torch import Tensor
 import codir_fast
 from codir_fast import reference
 from codir_fast.functional import contrastive_loss
-from codir_fast.ops.in_batch_contrast import in_batch_contrast
+from codir_fast.ops import in_batch_contrast as ops
 from codir_fast.ops.registration import overload
 
+in_batch_contrast = partial(ops.in_batch_contrast, backend="cpu")
 SIZES = [(1, 1), (2, 3), (3, 128), (16, 17), (33, 64), (70, 129), (130, 40), (257, 31), (600, 8)]
 DIFFERENTIABLE = ("query", "positive", "inv_temperature")
 FORMS = [(False, False), (False, True), (True, False), (True, True)]

@@ -17,7 +17,15 @@ HALF, FLOAT = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize(
-    "operator", ["bank_contrast", "indexed_contrast", "bank_update", "masked_pool", "unit_rows"]
+    "operator",
+    [
+        "bank_contrast",
+        "in_batch_contrast",
+        "indexed_contrast",
+        "bank_update",
+        "masked_pool",
+        "unit_rows",
+    ],
 )
 def test_interpreted(operator):
     triton_interpreter.run_tests(f"test_interpreted_{operator}.py")
@@ -136,6 +144,18 @@ def test_all_other_kernels(arch):
         build(variant)
 
 
+@pytest.mark.parametrize("D", [128, 512, 1024])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_in_batch_contrast(arch, D):
+    from codir_fast.kernels import in_batch_variants
+
+    for variant in in_batch_variants.passes(arch, HALF, 1024, D, D == 512):
+        build(variant)
+    if D == 512:
+        for variant in in_batch_variants.ends(arch, HALF, D):
+            build(variant)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_masked_pool(arch):
     """In 16-byte accesses, with room for at least four programs of 128 threads on a multiprocessor;
@@ -160,6 +180,8 @@ def launched():
         bank_contrast_wide,
         bank_update,
         contrast,
+        in_batch_ends,
+        in_batch_passes,
         indexed_contrast,
         masked_pool,
     )
@@ -171,6 +193,8 @@ def launched():
         bank_contrast_wide,
         bank_update,
         contrast,
+        in_batch_ends,
+        in_batch_passes,
         indexed_contrast,
         masked_pool,
     )
@@ -221,6 +245,27 @@ def test_launches(launched, B, K, D, dtype, masks):
     launched.clear()
     indexed_contrast.indexed_contrast_backward(grad, query, bank, lse=lse, index=index, **options)
     assert launched == ["prepare_kernel", "indexed_contrast_backward_kernel"]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(
+    ("B", "D", "dtype"),
+    [(64, 384, HALF), (3, 31, torch.float16), (1, 1, FLOAT), (300, 768, HALF), (40, 300, FLOAT)],
+)
+def test_launches_in_batch(launched, B, D, dtype, labelled, symmetric):
+    """Three each way, whatever ways there are: the gradients to both sides come from one pass."""
+    from codir_fast.kernels import in_batch_contrast
+
+    labels = torch.randint(0, 3, (B,)) if labelled else None
+    given = (*torch.randn(2, B, D).to(dtype), torch.tensor(14.0))
+    options = (labels, symmetric, True)
+    _, lse = in_batch_contrast.in_batch_contrast(*given, *options)
+    kernels = [f"in_batch_{name}_kernel" for name in ("rows", "sums", "losses")]
+    assert launched == kernels
+    launched.clear()
+    in_batch_contrast.in_batch_contrast_backward(torch.ones(B), *given, lse, *options)
+    assert launched == [kernels[0], "in_batch_gradient_sums_kernel", "in_batch_gradients_kernel"]
 
 
 @pytest.mark.parametrize("D", [384, 768])

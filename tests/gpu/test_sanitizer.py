@@ -1,4 +1,4 @@
-"""20 shapes for compute-sanitizer, each operator forward and backward, small: `make test-gpu` runs
+"""Small shapes of each operator for compute-sanitizer, forward and backward: `make test-gpu` runs
 this file under memcheck and racecheck where the tool works.
 """
 
@@ -7,6 +7,7 @@ import torch
 from cases import make_case, results
 
 import codir_fast
+from codir_fast.functional import contrastive_loss
 
 SHAPES = [
     (B, K, D, masks)
@@ -55,6 +56,16 @@ def test_bank_contrast_by_cuda(device, needs_cuda_backend, size, masks):
     needs = ("query", "positive")
     upstream = torch.ones(size[0], device=device)
     assert results(case, upstream, "cuda", needs)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 31), (140, 128), (70, 512), (40, 768)], ids=str)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_in_batch_contrast(device, symmetric, size):
+    query, key = torch.randn(2, *size, device=device).bfloat16()
+    inputs = [query.requires_grad_(), key.requires_grad_()]
+    labels = torch.randint(0, 5, size[:1], device=device)
+    loss = contrastive_loss(*inputs, symmetric=symmetric, labels=labels, backend="triton")
+    assert torch.autograd.grad(loss, inputs)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(1, 9, 5, 7), (4, 100, 300, 128), (3, 50, 20, 768)], ids=str)

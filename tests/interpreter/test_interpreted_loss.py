@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from codir_fast.kernels import bank_contrast as kernels
+from codir_fast.kernels import in_batch_contrast as in_batch
 
 from codir_fast.functional import contrastive_loss, estimate_log_partition
 from codir_fast.reference import NCE_EPS
@@ -19,13 +20,19 @@ NCE = {"objective": "nce", "log_partition": 3.0, "num_data": 50}
 @pytest.fixture
 def dtypes(monkeypatch):
     """Of queries and bank, of each pass."""
-    seen, pass_over = [], kernels.bank_contrast
+    seen, pass_over, lay_out = [], kernels.bank_contrast, in_batch._Batch.rows
 
     def remember(query, positive, bank, *others):
         seen.append((query.dtype, bank.dtype))
         return pass_over(query, positive, bank, *others)
 
+    def remember_rows(batch, tile):
+        queries, others, *sizes = lay_out(batch, tile)
+        seen.append((queries.dtype, others.base.dtype))
+        return queries, others, *sizes
+
     monkeypatch.setattr(kernels, "bank_contrast", remember)
+    monkeypatch.setattr(in_batch._Batch, "rows", remember_rows)
     return seen
 
 
@@ -80,7 +87,9 @@ def test_negatives_with_a_gradient(
         **options,
     )
     found = [loss.detach(), *torch.autograd.grad(loss, vectors, upstream)]
-    assert dtypes == [(dtype, dtype)] * (1 + symmetric)
+    # In-batch InfoNCE is a pass forward and one backward, whichever ways.
+    fused = negatives == "in-batch" and not nce
+    assert dtypes == [(dtype, dtype)] * (2 if fused else 1 + symmetric)
     how = {"normalize": normalize, "symmetric": symmetric, "nce": nce}
     eager = dense(vectors, upstream, dtype, **how)
     exact = dense([x.double() for x in vectors], upstream, torch.float64, **how)
@@ -129,5 +138,5 @@ def test_under_autocast_the_query_decides(dtypes):
     with torch.autocast("cpu", torch.bfloat16):
         loss = contrastive_loss(query.bfloat16(), key, temperature=TEMPERATURE, backend="triton")
     loss.backward()
-    assert dtypes == [(torch.bfloat16, torch.bfloat16)]
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)] * 2
     assert query.grad.isfinite().all() and key.grad.isfinite().all()
