@@ -2,6 +2,7 @@
 and through the reference.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -155,3 +156,20 @@ def assert_right(case: Case, backend: str, needs=DIFFERENTIABLE) -> list[Tensor]
         allowed = 2 * eager_error + condition * eps * scale
         assert error <= allowed, f"{name}: {error:.3g} > {allowed:.3g}, of {scale:.3g}"
     return got
+
+
+def assert_replays(run: Callable[[], list[Tensor]], inputs: Sequence[Tensor]) -> None:
+    """A CUDA graph of `run`, replayed after its inputs have changed, gives what `run` does then."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        for tensor in inputs:
+            tensor.copy_(torch.randn_like(tensor))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))

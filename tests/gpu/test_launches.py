@@ -5,6 +5,7 @@ under torch.compile, beyond 2^31 elements.
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import assert_replays
 from torch.profiler import ProfilerActivity, profile
 
 import codir_fast
@@ -65,20 +66,7 @@ def test_nothing_waits_for_the_device(step):
 def test_cuda_graph(step):
     torch.use_deterministic_algorithms(False)
     inputs, loss = step
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            torch.autograd.grad(loss(), inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = [loss(), *torch.autograd.grad(loss(), inputs)]
-    with torch.no_grad():
-        for tensor in inputs:
-            tensor.copy_(torch.randn_like(tensor))
-    graph.replay()
-    expected = [loss(), *torch.autograd.grad(loss(), inputs)]
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert_replays(lambda: [loss(), *torch.autograd.grad(loss(), inputs)], inputs)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -94,16 +82,7 @@ def test_masked_pool_in_a_cuda_graph(device, backend, needs_cuda_backend):
         pooled = codir_fast.pool_hidden_states(states, mask, backend=backend)
         return [pooled, *torch.autograd.grad(pooled, states, upstream)]
 
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    with torch.no_grad():
-        for state in states:
-            state.copy_(torch.randn_like(state))
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+    assert_replays(run, states)
 
 
 def test_compile(step):
