@@ -47,7 +47,11 @@ def test_a_part_that_fails_is_named_and_the_next_runs(make, tmp_path):
     assert done.stderr.rstrip().splitlines()[-2].count("test_named_shapes.py") == 1
     log = tmp_path / "out" / "tests.jsonl"
     flags = "-m pytest -q -n 3 --max-worker-restart 3"
-    parts = ("test_sanitizer.py", "test_named_shapes.py", "test_cuda.py test_loss.py")
+    parts = (
+        "test_sanitizer.py",
+        "test_named_shapes.py",
+        "test_cuda.py test_loss.py test_in_batch.py",
+    )
     assert lines[1:] == [f"{log} {flags} {part}" for part in parts]
 
 
