@@ -15,15 +15,8 @@ from codir_fast.loss_arguments import (
     prepare,
     product_dtype,
 )
-from codir_fast.negatives import (
-    ChosenNegatives,
-    Negatives,
-    RowForm,
-    as_rows,
-    carries_gradient,
-    choose_negatives,
-    scaled_rows,
-)
+from codir_fast.negative_rows import RowForm, as_rows, carries_gradient, scaled_rows
+from codir_fast.negatives import ChosenNegatives, Negatives, choose_negatives
 from codir_fast.ops.bank_contrast import bank_contrast
 from codir_fast.ops.contrast import compute_dtype
 from codir_fast.ops.indexed_contrast import indexed_contrast

@@ -45,7 +45,8 @@ from codir_fast.loss_arguments import (
     product_dtype,
     refuse_picks,
 )
-from codir_fast.negatives import Negatives, RowForm, choose_negatives
+from codir_fast.negative_rows import RowForm
+from codir_fast.negatives import Negatives, choose_negatives
 from codir_fast.ops.contrast import PreparedPair
 from codir_fast.partial_sums import PartialSums, combine_partial_sums
 from codir_fast.sharded_contrast import positive_sums, scan

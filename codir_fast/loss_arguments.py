@@ -18,7 +18,8 @@ from codir_fast.checks import (
     check_tensor,
     is_readable,
 )
-from codir_fast.negatives import ChosenNegatives, RowForm, as_rows, check_input_dtype
+from codir_fast.negative_rows import RowForm, as_rows
+from codir_fast.negatives import ChosenNegatives, check_input_dtype
 from codir_fast.ops.contrast import compute_dtype
 
 OBJECTIVES = ("infonce", "nce")

@@ -1,7 +1,7 @@
 """Where the negatives of the contrastive loss come from, and which count for which query."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,23 +16,11 @@ from codir_fast.checks import (
     check_tensor,
 )
 from codir_fast.memory_bank import IndexedBank, MemoryQueue
+from codir_fast.negative_rows import RowForm, as_rows, carries_gradient, scaled_rows
 from codir_fast.ops.contrast import compute_dtype
-from codir_fast.ops.registration import is_transformed
-from codir_fast.ops.unit_rows import EPS, unit_rows
 from codir_fast.sharding import GlobalBatch
 
 Negatives: TypeAlias = Tensor | MemoryQueue | IndexedBank | None
-_WIDENED = 1 << 18  # elements, 1 MiB in float32
-
-
-class RowForm(NamedTuple):
-    """How vectors become rows that serve as negatives: of unit length if `normalize`, in `dtype`,
-    for an operator by `backend`.
-    """
-
-    normalize: bool
-    dtype: torch.dtype
-    backend: str
 
 
 @dataclass
@@ -155,13 +143,6 @@ def _choose_rows(
     return chosen
 
 
-def as_rows(vectors: Tensor, form: RowForm) -> Tensor:
-    """Vectors (N, D) as negatives; the gradient goes on to them."""
-    if form.normalize:
-        return unit_rows(vectors, form.dtype, form.backend).contiguous()
-    return vectors.to(form.dtype).contiguous()
-
-
 def _explicit(rows: Tensor, form: RowForm) -> tuple[Tensor, Tensor | None]:
     """Rows, and their factors if any."""
     if not form.normalize:
@@ -169,19 +150,6 @@ def _explicit(rows: Tensor, form: RowForm) -> tuple[Tensor, Tensor | None]:
     if carries_gradient(rows):
         return as_rows(rows, form), None
     return scaled_rows(rows, compute_dtype(form.dtype))
-
-
-def carries_gradient(vectors: Tensor) -> bool:
-    """Whether they do, or may: what functorch's transforms wrap does not always say so."""
-    return is_transformed(vectors) or (vectors.requires_grad and torch.is_grad_enabled())
-
-
-def scaled_rows(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Vectors (N, D) as negatives without a gradient, and the factors (N,) that bring them to unit
-    length: the kernel scales rows as it reads them, and no normalised copy is made.
-    """
-    rows = vectors.detach()
-    return rows.contiguous(), _inverse_norm(rows, dtype)
 
 
 def _check_index(query: Tensor, index: Tensor, K: int) -> Tensor:
@@ -196,15 +164,6 @@ def _check_index(query: Tensor, index: Tensor, K: int) -> Tensor:
     check_device("negative_index", index, query.device, "`query`")
     check_index("negative_index", index, 0, K)
     return index.to(torch.int64).contiguous()
-
-
-def _inverse_norm(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    if rows.dtype == dtype or rows.is_cuda or torch.compiler.is_compiling():
-        norm = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
-    else:  # in parts: on the CPU vector_norm widens all that it is given at once
-        parts = rows.split(max(1, _WIDENED // max(rows.shape[1], 1)))
-        norm = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=dtype) for part in parts])
-    return norm.clamp_min_(EPS).reciprocal_()
 
 
 def _check_bank(query: Tensor, rows: Tensor) -> None:

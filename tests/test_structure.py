@@ -25,6 +25,7 @@ LEVELS = {
     "directions": 3,
     "functional": 3,
     "losses": 3,
+    "negative_rows": 3,
     "negatives": 3,
     "loss_arguments": 3,
     "global_batch": 3,
