@@ -51,13 +51,15 @@ def descriptor(dtype: torch.dtype, rows: int, columns: int) -> Type:
 @dataclass(frozen=True)
 class Built:
     """Registers, local memory (stack) and spills a thread in bytes, shared memory a program in
-    bytes, how often each of INSTRUCTIONS occurs, and the machine code.
+    bytes, how often each of INSTRUCTIONS occurs, how many local loads and stores are in loops, and
+    the machine code.
     """
 
     registers: int
     stack: int
     shared: int
     counts: dict[str, int]
+    local_in_loops: int
     sass: str
     cubin: bytes
 
@@ -92,7 +94,27 @@ def build(kernel: JITFunction, arch: int, arguments: dict[str, Any], **options: 
         usage, sass = (_cuobjdump(option, file) for option in ("-res-usage", "-sass"))
     (registers, stack), *_ = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", sass)) for name in INSTRUCTIONS}
-    return Built(int(registers), int(stack), built.metadata.shared, counts, sass, cubin)
+    shared, in_loops = built.metadata.shared, local_in_loops(sass)
+    return Built(int(registers), int(stack), shared, counts, in_loops, sass, cubin)
+
+
+def local_in_loops(sass: str) -> int:
+    """Loads and stores of local memory between a branch and where it goes back to."""
+    code = [
+        (int(address, 16), text)
+        for address, text in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass, re.MULTILINE)
+    ]
+    back = [
+        (int(target, 16), address)
+        for address, text in code
+        for target in re.findall(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if int(target, 16) < address  # a branch to itself ends the code
+    ]
+    return sum(
+        any(begin <= address <= end for begin, end in back)
+        for address, text in code
+        if re.search(r"\b(LDL|STL)\b", text)
+    )
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:

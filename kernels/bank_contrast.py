@@ -13,7 +13,7 @@ Nothing of size B x K exists.
 import torch
 import triton
 import triton.language as tl
-from codir_fast.kernels import tiles
+from codir_fast.kernels import autotune, tiles, work_split
 from codir_fast.kernels.bank_access import (
     describe,
     load_bank,
@@ -312,7 +312,7 @@ def bank_contrast(
         if narrow:
             flags = tuple(problem.flags.items())
             key = ("bank_contrast", problem.B, problem.K, problem.D, query.dtype, bank.dtype, flags)
-            sums = tiles.run_best(key, narrow, lambda t: _one_pass(problem, t), query.device)
+            sums = autotune.run_best(key, narrow, lambda t: _one_pass(problem, t), query.device)
         else:
             sums = two_products(problem)
         problem.combine(outputs, sums, positive)
@@ -322,7 +322,7 @@ def bank_contrast(
 def _one_pass(problem: Problem, tile: tiles.Tile) -> tuple[Tensor, Tensor, Tensor]:
     B, K, D = problem.B, problem.K, problem.D
     tile = dict(tile)
-    rows_per_program = tiles.split(B, K, D, problem.dtype, tile, problem.device)
+    rows_per_program = work_split.split(B, K, D, problem.dtype, tile, problem.device)
     sums = problem.partial_sums(max(1, cdiv(K, rows_per_program)))
     bank, TMA = describe(problem.bank, (tile["BLOCK_K"], tile["BLOCK_D"]), tile.pop("TMA"))
     query, masks = problem.prepare()

@@ -5,7 +5,7 @@ stay in cache, weights, then weights times rows.
 import torch
 import triton
 import triton.language as tl
-from codir_fast.kernels import tiles
+from codir_fast.kernels import tiles, work_split
 from codir_fast.kernels.bank_access import (
     describe,
     dot_products,
@@ -197,10 +197,10 @@ def two_products(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     arch = tiles.architecture(device)
     first, second = tiles.bank_contrast_wide(arch, dtype, B, problem.flags, problem.bank.dtype)
     BLOCK_K = first["BLOCK_K"]
-    chunk = min(tiles.chunk_rows(B, D, dtype, BLOCK_K), cdiv(max(K, 1), BLOCK_K) * BLOCK_K)
+    chunk = min(work_split.chunk_rows(B, D, dtype, BLOCK_K), cdiv(max(K, 1), BLOCK_K) * BLOCK_K)
     blocks = cdiv(B, second["BLOCK_B"]) * cdiv(D, second["BLOCK_D"])
     num_tiles = chunk // BLOCK_K
-    splits = max(1, min(num_tiles, tiles.num_programs(device, 1) // blocks))
+    splits = max(1, min(num_tiles, work_split.num_programs(device, 1) // blocks))
     per_split = cdiv(num_tiles, splits)
     splits = cdiv(num_tiles, per_split)
     maximum, total, rows = problem.partial_sums(splits)

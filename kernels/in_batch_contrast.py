@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from codir_fast.kernels import tiles
+from codir_fast.kernels import autotune, tiles, work_split
 from codir_fast.kernels.bank_access import describe
 from codir_fast.kernels.in_batch_ends import (
     in_batch_gradients_kernel,
@@ -96,12 +96,12 @@ class _Batch:
         sums of this width.
         """
         sizes = (programs * self.B, self.B, width)
-        rows = tiles.split(*sizes, self.dtype, tile, self.device)
+        rows = work_split.split(*sizes, self.dtype, tile, self.device)
         return cdiv(self.B, rows), rows
 
     def run_best(self, name: str, ways: int, tile: tiles.Tile, run: Run) -> list[Tensor]:
         key = (name, ways, self.B, self.D, self.dtype, self.normalize, *self.flags.items())
-        return tiles.run_best(key, tile, run, self.device)
+        return autotune.run_best(key, tile, run, self.device)
 
     def finish(self, kernel: Any, *arguments: Any, splits: int, **constants: Any) -> None:
         launch(

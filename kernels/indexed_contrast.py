@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from codir_fast.kernels import tiles
+from codir_fast.kernels import tiles, work_split
 from codir_fast.kernels.contrast import LOG2E, add_compensated, logistic, scalar
 from codir_fast.kernels.launch import cdiv, launch
 from codir_fast.kernels.problem import QUERY_DTYPES, Problem, check, padded
@@ -248,7 +248,7 @@ def indexed_contrast(
         return outputs
     tile = tiles.indexed_contrast(tiles.architecture(query.device), padded(D))
     num_blocks = max(1, cdiv(M, tile["BLOCK_M"]))
-    splits = max(1, min(num_blocks, cdiv(tiles.num_programs(query.device, 8), B)))
+    splits = max(1, min(num_blocks, cdiv(work_split.num_programs(query.device, 8), B)))
     per_split = cdiv(num_blocks, splits) * tile["BLOCK_M"]
     sums = problem.partial_sums(max(1, cdiv(M, per_split)))
     with torch.cuda.device_of(query):

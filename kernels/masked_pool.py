@@ -9,7 +9,7 @@ allocate nothing.
 import torch
 import triton
 import triton.language as tl
-from codir_fast.kernels import tiles
+from codir_fast.kernels import autotune, tiles
 from codir_fast.kernels.launch import cdiv, launch
 from torch import Tensor
 
@@ -290,7 +290,7 @@ def masked_pool(
 
     with torch.cuda.device_of(first):
         key = ("masked_pool", L, B, T, H, first.dtype, mode, mask is not None)
-        tiles.run_best(key, tile, run, first.device)
+        autotune.run_best(key, tile, run, first.device)
     return pooled, argmax
 
 

@@ -1,5 +1,5 @@
-"""`make static-gpu OUT=dir`: compiles every Triton kernel of the tables for sm_80, sm_90 and
-sm_100, without a GPU, and says what the compiler made of them.
+"""`make static-gpu OUT=dir`: compiles every Triton kernel of the tables for sm_80, sm_89, sm_90,
+sm_100 and sm_120, without a GPU, and says what the compiler made of them.
 
 Cubins go to dir/triton/, figures to dir/triton.json and dir/triton.txt. Exits with 1 where a kernel
 spills, or misses what its architecture multiplies with.
@@ -25,6 +25,10 @@ _PASSES = (
 )
 # Bytes a program may have. sm_80's tiles serve sm_86, sm_89 and sm_120 too, which have less.
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Bytes a thread may put aside outside of loops: none where the tiles were chosen for the
+# architecture. With another's, ptxas now and then does so with a number or two, to keep a program
+# more on the multiprocessor.
+SPILL_LIMIT = {80: 0, 89: 16, 90: 0, 120: 16}
 TIMES_FEWER_WAITS = 4  # than wgmma: more are a loop that waits for each product
 
 
@@ -32,8 +36,10 @@ def faults(variant: Variant, built: Built) -> list[str]:
     """What a kernel of the tables must not have."""
     found = []
     counts = built.counts
-    if built.stack or counts["LDL"] or counts["STL"]:
-        found.append(f"spills: {built.stack} bytes, {counts['LDL']} LDL, {counts['STL']} STL")
+    limit = tiles.choose(SPILL_LIMIT, variant.arch)
+    if built.local_in_loops or built.stack > limit:
+        spills = f"{counts['LDL']} LDL, {counts['STL']} STL, {built.local_in_loops} in loops"
+        found.append(f"spills: {built.stack} bytes, {spills}")
     if built.shared > tiles.choose(SHARED_LIMIT, variant.arch):
         found.append(f"{built.shared} bytes of shared memory")
     if variant.kernel in _PASSES and variant.arguments.get("WHOLE", True):
@@ -69,6 +75,7 @@ def measure(variant: Variant, folder: Path) -> dict[str, Any]:
     file = f"{variant.operator}-{variant.name}-sm_{variant.arch}.cubin"
     (folder / file.replace(", ", "-").replace(" ", "_")).write_bytes(built.cubin)
     row |= {"registers": built.registers, "stack": built.stack, "shared": built.shared}
+    row["local_in_loops"] = built.local_in_loops
     return row | built.counts | {"faults": faults(variant, built)}
 
 

@@ -1,25 +1,19 @@
-"""Block sizes of the Triton kernels: one table per operator, by architecture and dtype, and how
-work is split over a GPU.
+"""Block sizes of the Triton kernels: one table per operator, by architecture and dtype.
 
 A table's row serves its architecture and all later ones up to the next row. For sm_90 those that
 the shapes of benchmarks/shapes.py take in bfloat16, without labels, scales or NCE, were chosen by
 time on an H200. All others follow from what compiles without spilling, from 16-byte loads and from
-the bytes that must be in flight. CODIR_FAST_AUTOTUNE=1 looks around them on the GPU at hand.
+the bytes that must be in flight. CODIR_FAST_AUTOTUNE=1 (autotune.py) looks around them on the GPU
+at hand.
 """
 
 import functools
-import itertools
-import logging
-import os
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from codir_fast.kernels.launch import cdiv, next_power_of_2
-from triton.runtime.errors import OutOfResources, PTXASError
+from codir_fast.kernels.launch import next_power_of_2
 
 Row = TypeVar("Row")
-Result = TypeVar("Result")
 Tile = dict[str, Any]
 HALF = "half"  # bfloat16 and float16
 
@@ -246,7 +240,11 @@ class IndexedTile(NamedTuple):
     num_warps: int
 
 
-INDEXED_CONTRAST: dict[int, IndexedTile] = {80: IndexedTile(8192, 8), 90: IndexedTile(4096, 1)}
+INDEXED_CONTRAST: dict[int, IndexedTile] = {
+    80: IndexedTile(8192, 8),
+    90: IndexedTile(4096, 1),
+    120: IndexedTile(4096, 2),
+}
 INDEXED_CONTRAST_BACKWARD: dict[int, IndexedTile] = {80: IndexedTile(8192, 8)}
 
 
@@ -392,69 +390,6 @@ def _key(dtype: torch.dtype) -> Any:
     return HALF if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def split(
-    B: int, K: int, D: int, dtype: torch.dtype, tile: dict[str, Any], device: torch.device
-) -> int:
-    """Bank rows of each program, whole blocks: enough programs to fill the GPU, in whole waves."""
-    resident = 2 if tile["num_warps"] <= 4 else 1  # programs that fit on a multiprocessor
-    processors = num_programs(device, 1)
-    return _split(B, K, D, dtype, tile["BLOCK_B"], tile["BLOCK_K"], resident, processors)
-
-
-@functools.lru_cache(maxsize=1024)
-def _split(
-    B: int,
-    K: int,
-    D: int,
-    dtype: torch.dtype,
-    BLOCK_B: int,
-    BLOCK_K: int,
-    resident: int,
-    processors: int,
-) -> int:
-    slots = resident * processors
-    overhead = 2  # blocks of rows that a program's start and its partial sums cost, about
-    blocks, num_tiles = cdiv(B, BLOCK_B), max(1, cdiv(K, BLOCK_K))
-    partial_bytes = 4 * B * (D + 2)
-    # float32 sums of very many rows lose digits; they are added up in float64 in the end.
-    longest = cdiv(8192, BLOCK_K) if dtype == torch.float32 else num_tiles
-    least = min(cdiv(num_tiles, longest), max(1, MAX_PARTIAL_BYTES // partial_bytes))
-    # More than one program a multiprocessor only where partial sums are little beside the bank.
-    quarter_of_bank = K * D * dtype.itemsize // (4 * partial_bytes)
-    most = max(quarter_of_bank, cdiv(processors, blocks))
-    most = max(least, min(num_tiles, 2 * cdiv(slots, blocks), most))
-
-    def cost(splits: int) -> tuple[int, int]:
-        waves = cdiv(blocks * splits, slots)
-        return waves * (cdiv(num_tiles, splits) + overhead), splits
-
-    _, splits = min(cost(splits) for splits in range(least, most + 1))
-    return cdiv(num_tiles, splits) * BLOCK_K
-
-
-MAX_PARTIAL_BYTES = 1 << 28
-# Of weights, and of bank rows: the second product finds in L2 what the first one has left there.
-_WEIGHT_BYTES, _CHUNK_BYTES = 1 << 24, 1 << 26
-
-
-def chunk_rows(B: int, D: int, dtype: torch.dtype, BLOCK_K: int) -> int:
-    """Bank rows of a chunk of the two-product form, whole blocks."""
-    rows = min(_WEIGHT_BYTES // B, _CHUNK_BYTES // D) // dtype.itemsize
-    return max(1, rows // BLOCK_K) * BLOCK_K
-
-
-def num_programs(device: torch.device, resident: int) -> int:
-    """Programs that run at once, `resident` on each multiprocessor. Four for the interpreter."""
-    if device.type != "cuda":
-        return 4
-    return resident * _num_multiprocessors(device)
-
-
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @functools.cache
 def architecture(device: torch.device) -> int:
     """90 for sm_90, and for Triton's interpreter, which takes whatever Triton has."""
@@ -467,58 +402,3 @@ def architecture(device: torch.device) -> int:
 def choose(table: dict[int, Row], arch: int) -> Row:
     """The table's row for an architecture."""
     return table[max(first for first in table if first <= arch)]
-
-
-_FOUND: dict[tuple[Any, ...], Tile] = {}  # by CODIR_FAST_AUTOTUNE=1, in this process
-
-
-def run_best(
-    key: tuple[Any, ...], tile: Tile, run: Callable[[Tile], Result], device: torch.device
-) -> Result:
-    """run(tile), with the table's tile; with CODIR_FAST_AUTOTUNE=1 on a GPU, with the fastest of it
-    and its neighbours, which are timed at the first call with this key. What it finds is logged.
-    """
-    if os.environ.get("CODIR_FAST_AUTOTUNE") != "1" or device.type != "cuda":
-        return run(tile)
-    if key not in _FOUND:
-        times = [(_milliseconds(run, other), n, other) for n, other in enumerate(neighbours(tile))]
-        best, _, _FOUND[key] = min(times)
-        text = "%s: the table's tile takes %.4f ms, the fastest of %d %.4f ms: %s"
-        _LOG.info(text, key, times[0][0], len(times), best, _FOUND[key])
-    return run(_FOUND[key])
-
-
-_LOG = logging.getLogger("codir_fast.autotune")
-_CHANGES: dict[str, tuple[Callable[[int], int], ...]] = {
-    "BLOCK_K": (lambda n: n, lambda n: n // 2, lambda n: 2 * n),
-    "BLOCK_B": (lambda n: n, lambda n: n // 2, lambda n: 2 * n),
-    "BLOCK_T": (lambda n: n, lambda n: n // 2, lambda n: 2 * n),
-    "num_warps": (lambda n: n, lambda n: 12 - n),  # 4 or 8
-    "num_stages": (lambda n: n, lambda n: n - 1, lambda n: n + 1),
-}
-
-
-def neighbours(tile: Tile) -> list[Tile]:
-    """The tile, then those that differ by a step in some of its sizes."""
-    sizes = [name for name in _CHANGES if name in tile]
-    changed = (
-        {**tile, **{name: change(tile[name]) for name, change in zip(sizes, changes, strict=True)}}
-        for changes in itertools.product(*(_CHANGES[name] for name in sizes))
-    )
-    # A matrix instruction takes 16 rows; a loop has a stage.
-    return [
-        t
-        for t in changed
-        if t.get("BLOCK_K", 16) >= 16 <= t.get("BLOCK_B", 16)
-        and t.get("num_stages", 1) >= 1
-        and t.get("BLOCK_T", 1) >= 1
-    ]
-
-
-def _milliseconds(run: Callable[[Tile], Any], tile: Tile) -> float:
-    from triton.testing import do_bench
-
-    try:
-        return float(do_bench(lambda: run(tile), return_mode="median"))
-    except (OutOfResources, PTXASError):  # more than the hardware has
-        return float("inf")

@@ -32,7 +32,7 @@ from codir_fast.kernels.variant import (
     name_of,
 )
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 89, 90, 100, 120)
 
 # What picks a query's negatives, by the uses that the public interface has.
 USES: dict[str, dict[str, bool]] = {
@@ -77,7 +77,7 @@ def _every(arch: int) -> Iterator[Variant]:
                     # float16 takes the same tiles as bfloat16, without the fixed shift.
                     if dtype != torch.float16 or use in ("all rows", "bank with labels"):
                         yield from passes(arch, dtype, B, D, use)
-    if arch >= 90:  # sm_80 has no float8
+    if arch >= 89:  # sm_80 has no float8
         for use in FLOAT8_USES:
             for B in (64, 256):
                 yield from two_products(arch, HALF, B, use, torch.float8_e4m3fn)

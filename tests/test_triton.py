@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: run by the interpreter, and compiled for three of them. All
+"""The Triton kernels without a GPU: run by the interpreter, and compiled for some of them. All
 that the tables hold is compiled by `make static-gpu`; here, what users meet most.
 """
 
@@ -12,7 +12,7 @@ import torch
 import triton_interpreter
 
 pytestmark = needs_triton.MARKS
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 90, 100, 120)
 HALF, FLOAT = torch.bfloat16, torch.float32
 
 
@@ -306,7 +306,7 @@ def test_launches_of_pooling_and_update(launched):
 
 def test_search_for_tiles(monkeypatch):
     """Only when it is asked for, once a shape; what does not fit the hardware is passed over."""
-    from codir_fast.kernels import tiles
+    from codir_fast.kernels import autotune
     from triton.runtime.errors import OutOfResources
 
     table = {"BLOCK_B": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
@@ -322,16 +322,16 @@ def test_search_for_tiles(monkeypatch):
         return abs(timed[-1]["BLOCK_K"] - 32) + timed[-1]["num_stages"]
 
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
-    monkeypatch.setattr(tiles, "_FOUND", {})
-    assert tiles.run_best(("shape",), table, run, gpu) == table and not timed
+    monkeypatch.setattr(autotune, "_FOUND", {})
+    assert autotune.run_best(("shape",), table, run, gpu) == table and not timed
     monkeypatch.setenv("CODIR_FAST_AUTOTUNE", "1")
-    best = tiles.run_best(("shape",), table, run, gpu)
+    best = autotune.run_best(("shape",), table, run, gpu)
     assert timed[0] == table
     assert (best["BLOCK_K"], best["num_stages"]) == (32, 2)
     count = len(timed)
     assert count == len({tuple(tile.items()) for tile in timed}) == 36
-    assert tiles.run_best(("shape",), table, run, gpu) == best and len(timed) == count
-    assert tiles.run_best(("shape",), table, run, torch.device("cpu")) == table
+    assert autotune.run_best(("shape",), table, run, gpu) == best and len(timed) == count
+    assert autotune.run_best(("shape",), table, run, torch.device("cpu")) == table
 
 
 def test_faults_are_seen():
