@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK: tl.constexpr):
+def real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK: tl.constexpr):
     """Which of the tokens t of one row are real; mask_ptr points to the row."""
     real = t < T
     if HAS_MASK:
@@ -27,23 +27,23 @@ def _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def _count_tokens(mask_ptr, T, stride_mt, HAS_MASK: tl.constexpr, BLOCK_SCAN: tl.constexpr):
+def count_tokens(mask_ptr, T, stride_mt, HAS_MASK: tl.constexpr, BLOCK_SCAN: tl.constexpr):
     count = tl.zeros((BLOCK_SCAN,), tl.int32)
     for t0 in range(0, T, BLOCK_SCAN):
         t = t0 + tl.arange(0, BLOCK_SCAN)
-        count += _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK).to(tl.int32)
+        count += real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK).to(tl.int32)
     return tl.sum(count)
 
 
 @triton.jit
-def _find_token(
+def find_token(
     mask_ptr, T, stride_mt, MODE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_SCAN: tl.constexpr
 ):
     """Position of the first or last real token; -1 where there is none."""
     found = tl.full((BLOCK_SCAN,), -1, tl.int32)
     for t0 in range(0, T, BLOCK_SCAN):
         t = t0 + tl.arange(0, BLOCK_SCAN)
-        real = _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)
+        real = real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)
         if MODE == "first":
             found = tl.where(real & (found < 0), t, found)
         else:
@@ -70,13 +70,13 @@ def _mean(
 ):
     # First the whole mask: what the loop reads of it is near by then, and no step waits long before
     # its tokens are under way.
-    count = _count_tokens(mask_ptr, T, stride_mt, HAS_MASK, BLOCK_SCAN)
+    count = count_tokens(mask_ptr, T, stride_mt, HAS_MASK, BLOCK_SCAN)
     # One sum per slot of the tile: no exchange between threads before the end, and sums of long
     # texts lose no digits.
     total = tl.zeros((BLOCK_T, BLOCK_H), ACC)
     for t0 in tl.range(0, T, BLOCK_T, loop_unroll_factor=4):
         t = t0 + tl.arange(0, BLOCK_T)
-        real = _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)
+        real = real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)
         rows = state_ptrs[None, :] + t.to(tl.int64)[:, None] * stride_t
         total += tl.load(rows, mask=real[:, None] & inside[None, :], other=0.0).to(ACC)
     return tl.sum(total, 0) / tl.maximum(count, 1).to(ACC)
@@ -101,7 +101,7 @@ def _max(
     token = tl.full((BLOCK_T, BLOCK_H), NONE, tl.int32)
     for t0 in range(0, T, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        real = _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)
+        real = real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)
         rows = state_ptrs[None, :] + t.to(tl.int64)[:, None] * stride_t
         value = tl.load(rows, mask=real[:, None] & inside[None, :], other=0.0).to(ACC)
         # token == NONE: a maximum of -inf has a position too.
@@ -119,7 +119,7 @@ def _max(
 
 
 @triton.jit
-def _pick(layers, layer, L: tl.constexpr):
+def pick(layers, layer, L: tl.constexpr):
     """The address of a layer whose number is known on the device only."""
     picked = layers[0]
     for n in tl.static_range(1, L):
@@ -155,7 +155,7 @@ def masked_pool_kernel(
     h = (tl.program_id(0) % num_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < H
     layer = tl.program_id(1)
-    states_ptr = _pick(layers, layer, L)
+    states_ptr = pick(layers, layer, L)
     if ALIGNED:
         states_ptr = tl.multiple_of(states_ptr, 16)
     state_ptrs = states_ptr + b * stride_b + h
@@ -182,61 +182,10 @@ def masked_pool_kernel(
         )
         tl.store(argmax_ptr + out, token.to(tl.int64), mask=inside)
     else:
-        token = _find_token(mask_ptr, T, stride_mt, MODE, HAS_MASK, BLOCK_SCAN)
+        token = find_token(mask_ptr, T, stride_mt, MODE, HAS_MASK, BLOCK_SCAN)
         row = state_ptrs + token.to(tl.int64) * stride_t
         value = tl.load(row, mask=inside & (token >= 0), other=0.0)
     tl.store(pooled_ptr + out, value.to(dtype), mask=inside)
-
-
-@triton.jit(do_not_specialize=["T"])
-def masked_pool_backward_kernel(
-    dhidden,
-    grad_ptr,
-    mask_ptr,
-    argmax_ptr,
-    T,
-    H,
-    stride_mb,
-    stride_mt,
-    MODE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    L: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_SCAN: tl.constexpr,
-):
-    """Grid (B * blocks of H, L). Every element of each layer's dhidden (B, T, H) is written."""
-    dtype: tl.constexpr = grad_ptr.dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    num_blocks = tl.cdiv(H, BLOCK_H)
-    b = (tl.program_id(0) // num_blocks).to(tl.int64)
-    h = (tl.program_id(0) % num_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = h < H
-    layer = tl.program_id(1)
-    if HAS_MASK:
-        mask_ptr += b * stride_mb
-    column = (b * tl.num_programs(1) + layer) * H + h
-    share = tl.load(grad_ptr + column, mask=inside, other=0.0)
-    if MODE == "mean":
-        count = _count_tokens(mask_ptr, T, stride_mt, HAS_MASK, BLOCK_SCAN)
-        share = (share.to(ACC) / tl.maximum(count, 1).to(ACC)).to(dtype)
-    elif MODE == "max":
-        token = tl.load(argmax_ptr + column, mask=inside, other=-1)
-    else:
-        token = _find_token(mask_ptr, T, stride_mt, MODE, HAS_MASK, BLOCK_SCAN)
-    dhidden_ptr = _pick(dhidden, layer, L)
-    out = tl.multiple_of(dhidden_ptr, 16) + b * T * H + h  # allocators align to more than that
-    for t0 in range(0, T, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        if MODE == "mean":
-            chosen = _real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)[:, None]
-        elif MODE == "max":
-            chosen = t[:, None] == token[None, :]
-        else:
-            chosen = (t == token)[:, None]
-        value = tl.where(chosen, share[None, :], 0.0).to(dtype)
-        rows = out[None, :] + t.to(tl.int64)[:, None] * H
-        tl.store(rows, value, mask=(t < T)[:, None] & inside[None, :])
 
 
 def masked_pool(
@@ -259,8 +208,8 @@ def masked_pool(
     first = hidden_states[0]
     B, T, H = first.shape
     L = len(hidden_states)
-    mask = _check_mask(attention_mask, (B, T), first.device)
-    _check_mode(mode)
+    mask = check_mask(attention_mask, (B, T), first.device)
+    check_mode(mode)
     pooled = first.new_empty(B, L * H)
     argmax = first.new_empty(pooled.shape if mode == "max" else (0,), dtype=torch.int64)
     if pooled.numel() == 0:
@@ -294,53 +243,6 @@ def masked_pool(
     return pooled, argmax
 
 
-def masked_pool_backward(
-    grad: Tensor,
-    attention_mask: Tensor | None,
-    argmax: Tensor,
-    num_layers: int,
-    num_tokens: int,
-    mode: str,
-) -> list[Tensor]:
-    """Gradient of every layer, L tensors (B, T, H) in the dtype of `grad`.
-
-    Args:
-        grad: (B, L*H), the gradient of `pooled`.
-        attention_mask, mode: as given to masked_pool.
-        argmax: as masked_pool returned it.
-        num_layers, num_tokens: L and T.
-    """
-    B, H = _check_grad(grad, num_layers)
-    mask = _check_mask(attention_mask, (B, num_tokens), grad.device)
-    _check_mode(mode)
-    if mode == "max" and (argmax.shape != grad.shape or argmax.dtype != torch.int64):
-        raise ValueError(
-            f"`argmax` must be int64 of shape {tuple(grad.shape)}, "
-            f"got {argmax.dtype} {tuple(argmax.shape)}"
-        )
-    dhidden = [grad.new_empty(B, num_tokens, H) for _ in range(num_layers)]
-    if dhidden[0].numel() == 0:
-        return dhidden
-    tile = tiles.choose(tiles.MASKED_POOL, tiles.architecture(grad.device))[grad.dtype]
-    with torch.cuda.device_of(grad):
-        launch(
-            masked_pool_backward_kernel,
-            (B * cdiv(H, tile.BLOCK_H), num_layers),
-            tuple(dhidden),
-            grad.contiguous(),
-            mask,
-            argmax.contiguous(),
-            num_tokens,
-            H,
-            *((0, 0) if mask is None else mask.stride()),
-            MODE=mode,
-            HAS_MASK=mask is not None,
-            L=num_layers,
-            **tile._asdict(),
-        )
-    return dhidden
-
-
 def _with_same_strides(layers: list[Tensor]) -> list[Tensor]:
     layers = [layer if layer.stride(2) == 1 else layer.contiguous() for layer in layers]
     if any(layer.stride() != layers[0].stride() for layer in layers):
@@ -367,7 +269,7 @@ def _check_layers(layers: list[Tensor]) -> None:
             )
 
 
-def _check_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+def check_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
     """The mask as the kernels read it: a bool is a byte."""
     if mask is None:
         return None
@@ -379,16 +281,6 @@ def _check_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.devic
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
 
-def _check_mode(mode: str) -> None:
+def check_mode(mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"`mode` must be one of {MODES}, got {mode!r}")
-
-
-def _check_grad(grad: Tensor, num_layers: int) -> tuple[int, int]:
-    """B and H."""
-    if grad.ndim != 2 or grad.dtype not in DTYPES or num_layers < 1 or grad.shape[1] % num_layers:
-        raise ValueError(
-            f"`grad` must be floating of shape (B, {num_layers} * H), "
-            f"got {grad.dtype} {tuple(grad.shape)}"
-        )
-    return grad.shape[0], grad.shape[1] // num_layers

@@ -14,7 +14,9 @@ from codir_fast.kernels import (
     bank_update,
     contrast,
     indexed_contrast,
+    indexed_contrast_backward,
     masked_pool,
+    masked_pool_backward,
     problem,
     tiles,
     unit_rows,
@@ -243,13 +245,12 @@ def by_index(arch: int, D: int, use: str) -> Iterator[Variant]:
         **dict.fromkeys(("B", "M", "K", "positions_per_split"), COUNT),
         "D": WIDTH,
     }
-    module, name = indexed_contrast, name_of(f"D={D}", use)
+    name = name_of(f"D={D}", use)
     tile = tiles.indexed_contrast(arch, D)
-    yield make_variant(
-        "indexed_contrast", name, arch, module.indexed_contrast_kernel, {**given, **tile}
-    )
+    kernel = indexed_contrast.indexed_contrast_kernel
+    yield make_variant("indexed_contrast", name, arch, kernel, {**given, **tile})
     tile = tiles.indexed_contrast_backward(arch, D)
-    kernel = module.indexed_contrast_backward_kernel
+    kernel = indexed_contrast_backward.indexed_contrast_backward_kernel
     yield make_variant("indexed_contrast_backward", name, arch, kernel, {**given, **tile})
 
 
@@ -344,8 +345,6 @@ def pool(
         **tile,
     }
     name = name_of(mode, dtype, "no mask" if mask is None else mask)
-    module = masked_pool
-    yield make_variant("masked_pool", name, arch, module.masked_pool_kernel, given)
-    yield make_variant(
-        "masked_pool_backward", name, arch, module.masked_pool_backward_kernel, given
-    )
+    yield make_variant("masked_pool", name, arch, masked_pool.masked_pool_kernel, given)
+    kernel = masked_pool_backward.masked_pool_backward_kernel
+    yield make_variant("masked_pool_backward", name, arch, kernel, given)

@@ -183,7 +183,9 @@ def launched():
         in_batch_ends,
         in_batch_passes,
         indexed_contrast,
+        indexed_contrast_backward,
         masked_pool,
+        masked_pool_backward,
     )
     from triton.runtime import JITFunction
 
@@ -196,7 +198,9 @@ def launched():
         in_batch_ends,
         in_batch_passes,
         indexed_contrast,
+        indexed_contrast_backward,
         masked_pool,
+        masked_pool_backward,
     )
     functions = [f for module in modules for f in vars(module).values()]
     with triton_driver.sm_90([f for f in functions if isinstance(f, JITFunction)]) as names:
@@ -227,7 +231,12 @@ def inputs(B, K, D, dtype, masks, nce):
 )
 def test_launches(launched, B, K, D, dtype, masks):
     """One pass is three launches, the mean makes it four; gradients are made by then."""
-    from codir_fast.kernels import bank_contrast, bank_contrast_backward, indexed_contrast
+    from codir_fast.kernels import (
+        bank_contrast,
+        bank_contrast_backward,
+        indexed_contrast,
+        indexed_contrast_backward,
+    )
 
     query, bank, options = inputs(B, K, D, dtype, masks, nce=masks)
     outputs = bank_contrast.bank_contrast(query, query, bank, **options)
@@ -243,7 +252,8 @@ def test_launches(launched, B, K, D, dtype, masks):
     indexed_contrast.indexed_contrast(query, query, bank, index=index, **options)
     assert launched == ["prepare_kernel", "indexed_contrast_kernel", "combine_kernel"]
     launched.clear()
-    indexed_contrast.indexed_contrast_backward(grad, query, bank, lse=lse, index=index, **options)
+    rest = {"lse": lse, "index": index, **options}
+    indexed_contrast_backward.indexed_contrast_backward(grad, query, bank, **rest)
     assert launched == ["prepare_kernel", "indexed_contrast_backward_kernel"]
 
 
@@ -290,7 +300,7 @@ def test_launches_with_one_row_of_any_stride(launched, D):
 
 
 def test_launches_of_pooling_and_update(launched):
-    from codir_fast.kernels import bank_update, masked_pool
+    from codir_fast.kernels import bank_update, masked_pool, masked_pool_backward
 
     bank_update.bank_update(
         torch.randn(9, 16), torch.zeros(5).long(), torch.randn(5, 16), 0.5, torch.ones(9).bool()
@@ -300,7 +310,7 @@ def test_launches_of_pooling_and_update(launched):
     states, mask = [torch.randn(2, 5, 24) for _ in range(7)], torch.ones(2, 5, dtype=torch.bool)
     for mode in masked_pool.MODES:
         pooled, argmax = masked_pool.masked_pool(states, mask, mode)
-        masked_pool.masked_pool_backward(pooled, mask, argmax, 7, 5, mode)
+        masked_pool_backward.masked_pool_backward(pooled, mask, argmax, 7, 5, mode)
     assert launched == ["masked_pool_kernel", "masked_pool_backward_kernel"] * 4
 
 

@@ -156,7 +156,7 @@ def _triton(*inputs: Any) -> Outputs:
 
 
 def _triton_backward(*inputs: Any) -> Tensor:
-    from codir_fast.kernels import indexed_contrast as kernel
+    from codir_fast.kernels import indexed_contrast_backward as kernel
 
     return kernel.indexed_contrast_backward(*inputs)
 

@@ -119,7 +119,7 @@ def _triton_backward(
     num_tokens: int,
     mode: str,
 ) -> list[Tensor]:
-    from codir_fast.kernels import masked_pool as kernel
+    from codir_fast.kernels import masked_pool_backward as kernel
 
     return kernel.masked_pool_backward(grad, attention_mask, argmax, num_layers, num_tokens, mode)
 

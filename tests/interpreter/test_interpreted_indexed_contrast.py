@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from codir_fast.kernels.indexed_contrast import indexed_contrast, indexed_contrast_backward
+from codir_fast.kernels.indexed_contrast import indexed_contrast
+from codir_fast.kernels.indexed_contrast_backward import indexed_contrast_backward
 
 from codir_fast import reference
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from codir_fast.kernels.masked_pool import DTYPES, MODES, masked_pool, masked_pool_backward
+from codir_fast.kernels.masked_pool import DTYPES, MODES, masked_pool
+from codir_fast.kernels.masked_pool_backward import masked_pool_backward
 
 import codir_fast
 from codir_fast import reference
