@@ -26,7 +26,8 @@ TYPES = {
     torch.int32: "i32",
     torch.uint8: "u8",
 }
-# Matrix instructions of sm_80, sm_90 and sm_100, waits for those of sm_90, local loads and stores.
+# Matrix instructions of sm_80 (sm_89 and sm_120 too), sm_90 and sm_100, waits for those of sm_90,
+# local loads and stores.
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "WARPGROUP.DEPBAR", "UTMALDG", "LDL", "STL")
 
 

@@ -276,7 +276,7 @@ def bank_contrast(
     torch.backends.cuda.matmul.fp32_precision says (by default in full precision, as three products
     of tf32 parts); sums in float32, the end of each query in float64.
 
-    Seen right on an H200; for sm_80 and sm_100 compiled only, and run by the interpreter.
+    Seen right on an H200; for other GPUs compiled only, and run by the interpreter.
 
     Args:
         query, positive: (B, D), float32, bfloat16 or float16, D up to 4096.

@@ -61,7 +61,7 @@ def bank_update(
     """bank[r] <- normalise(m * bank[r] + (1 - m) * keys[n]) for each n in order, r = index[n];
     filled[r] <- true.
 
-    Seen right on an H200; for sm_80 and sm_100 compiled only, and run by the interpreter.
+    Seen right on an H200; for other GPUs compiled only, and run by the interpreter.
 
     Args:
         bank: (K, D), contiguous, float32, bfloat16 or float16.

@@ -160,7 +160,7 @@ def indexed_contrast(
 ) -> tuple[Tensor, ...]:
     """Loss of each query against the rows index[i] of the bank, with its gradients.
 
-    Seen right on an H200; for sm_80 and sm_100 compiled only, and run by the interpreter.
+    Seen right on an H200; for other GPUs compiled only, and run by the interpreter.
 
     Args:
         index: (B, M) int64 in [0, K); a row named twice counts twice. One that is out of range

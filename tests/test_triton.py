@@ -344,6 +344,31 @@ def test_search_for_tiles(monkeypatch):
     assert autotune.run_best(("shape",), table, run, torch.device("cpu")) == table
 
 
+def test_what_is_put_aside_outside_of_loops():
+    """A number that sm_120 keeps in local memory from before the loop until after it is no fault;
+    on sm_90, whose tiles are its own, it is.
+    """
+    from codir_fast.kernels import ahead_of_time, static_gate, variants
+
+    (variant, _) = variants.pool(120, HALF, "mean", None)
+    built = ahead_of_time.build(variant.kernel, 120, variant.arguments, **variant.options)
+    outside = replace(built, stack=8, local_in_loops=0)
+    assert static_gate.faults(variant, outside) == []
+    assert static_gate.faults(replace(variant, arch=90), outside) != []
+    assert static_gate.faults(variant, replace(outside, local_in_loops=1)) != []
+    assert static_gate.faults(variant, replace(outside, stack=24)) != []
+
+
+def test_local_memory_in_loops():
+    from codir_fast.kernels.ahead_of_time import local_in_loops
+
+    code = ("LDL R1, [R1]", "FADD R2, R2, R1", "@P0 BRA 0x0010", "STL [R1], R2", "BRA 0x0040")
+    sass = "\n".join(f"  /*{16 * n:04x}*/  {text} ;  /* 0x00 */" for n, text in enumerate(code))
+    assert local_in_loops(sass) == 0
+    assert local_in_loops(sass.replace("FADD R2, R2, R1", "STL [R1+0x4], R2")) == 1
+    assert local_in_loops(sass.replace("0x0010", "0x0000")) == 1
+
+
 def test_faults_are_seen():
     """The gate finds a kernel that keeps more than registers hold, or waits for each product."""
     from codir_fast.kernels import ahead_of_time, static_gate, variants
@@ -352,6 +377,7 @@ def test_faults_are_seen():
     arguments = {**variant.arguments, "BLOCK_K": 128}
     arguments["bank"] = ahead_of_time.descriptor(HALF, 128, 256)
     built = ahead_of_time.build(variant.kernel, 90, arguments, num_warps=4, num_stages=2)
+    assert built.local_in_loops > 0
     assert any("spills" in fault for fault in static_gate.faults(variant, built))
     good = build(variant)
     serial = {**good.counts, "WARPGROUP.DEPBAR": good.counts["HGMMA"]}
