@@ -7,6 +7,9 @@ from transformers import PreTrainedModel
 
 from codir_fast.distillation.layer_mapping import layer_pairs
 
+# Of a configuration, with an entry for each layer: its kind of attention, and how far it reaches.
+_BY_LAYER = ("layer_types", "attention_window")
+
 
 def student_from_teacher(
     teacher: PreTrainedModel, num_layers: int, layer_mapping: str = "uniform"
@@ -30,35 +33,38 @@ def student_from_teacher(
         source.update(layer_pairs(layer_mapping, num_layers, total))
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = num_layers
-    if isinstance(getattr(config, "layer_types", None), list):  # each layer keeps its attention
-        config.layer_types = [config.layer_types[source[i] - 1] for i in range(1, num_layers + 1)]
+    for name in _BY_LAYER:
+        if isinstance(of_layer := getattr(config, name, None), list):
+            setattr(config, name, [of_layer[source[i] - 1] for i in range(1, num_layers + 1)])
     student = type(teacher)(config)
 
-    stack = _layer_stack(teacher, total)
+    stacks = _layer_stacks(teacher, total)
     given = teacher.state_dict()
-    state = {name: given[_source_name(name, stack, source)] for name in student.state_dict()}
+    state = {name: given[_source_name(name, stacks, source)] for name in student.state_dict()}
     student.load_state_dict(state)
     return student
 
 
-def _layer_stack(model: PreTrainedModel, num_layers: int) -> str:
-    """Name of the one list of layers, such as bert.encoder.layer."""
+def _layer_stacks(model: PreTrainedModel, num_layers: int) -> list[str]:
+    """Name of the list of layers, such as bert.encoder.layer; or of the lists, side by side, of
+    their parts, such as transformer.attentions and transformer.ffns.
+    """
     stacks = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
-    if len(stacks) != 1:
+    if len({name.rpartition(".")[0] for name in stacks}) != 1:
         raise ValueError(
             f"`teacher` must have one list of {num_layers} layers to make a student from, "
             f"{type(model).__name__} has {len(stacks)}; give a `student` instead"
         )
-    return stacks[0]
+    return stacks
 
 
-def _source_name(name: str, stack: str, source: dict[int, int]) -> str:
-    prefix = stack + "."
-    if not name.startswith(prefix):
-        return name
-    layer, rest = name.removeprefix(prefix).split(".", 1)
-    return f"{prefix}{source[int(layer) + 1] - 1}.{rest}"
+def _source_name(name: str, stacks: list[str], source: dict[int, int]) -> str:
+    for stack in stacks:
+        if name.startswith(f"{stack}."):
+            layer, rest = name.removeprefix(f"{stack}.").split(".", 1)
+            return f"{stack}.{source[int(layer) + 1] - 1}.{rest}"
+    return name

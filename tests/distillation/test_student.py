@@ -7,10 +7,14 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LongformerConfig,
+    LongformerForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLMConfig,
+    XLMForSequenceClassification,
 )
 
 from codir_fast.distillation.layer_mapping import layer_pairs
@@ -95,8 +99,38 @@ def test_layers_keep_their_kind_of_attention():
     assert student_from_teacher(teacher, 2).config.layer_types == kinds[1::2]
 
 
-def test_full_depth_student_computes_what_the_teacher_does():
-    teacher = TEACHERS["bert"]().eval()
+def test_layers_keep_how_far_they_see():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = LongformerConfig(
+        **SMALL, **sizes, num_hidden_layers=4, attention_window=[4, 8, 16, 32], pad_token_id=0
+    )
+    teacher = LongformerForSequenceClassification(config)
+    assert student_from_teacher(teacher, 2).config.attention_window == [8, 32]
+    assert teacher.config.attention_window == [4, 8, 16, 32]
+
+
+@pytest.fixture
+def in_parts():
+    """A teacher whose layers are several lists: of attentions, of their norms, ..."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "emb_dim": 16, "n_layers": 4, "n_heads": 2, "pad_index": 0}
+    return XLMForSequenceClassification(XLMConfig(**sizes)).eval()
+
+
+def test_layers_in_parts(in_parts):
+    student = student_from_teacher(in_parts, 2, "1:2,2:3")
+    given, taken = in_parts.state_dict(), student.state_dict()
+    for part in ("attentions", "layer_norm1", "ffns", "layer_norm2"):
+        names = [name for name in taken if f".{part}." in name]
+        assert names
+        for name in names:
+            source = name.replace(f"{part}.1.", f"{part}.2.").replace(f"{part}.0.", f"{part}.1.")
+            assert torch.equal(taken[name], given[source]), name
+
+
+@pytest.mark.parametrize("kind", ["bert", "in parts"])
+def test_full_depth_student_computes_what_the_teacher_does(kind, in_parts):
+    teacher = in_parts if kind == "in parts" else TEACHERS[kind]().eval()
     student = student_from_teacher(teacher, 4).eval()
     tokens = torch.randint(4, 20, (3, 7))
     assert torch.equal(student(tokens).logits, teacher(tokens).logits)
