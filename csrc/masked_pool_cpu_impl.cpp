@@ -99,13 +99,17 @@ void pool(const PoolTask& task, std::int64_t item) {
   if (count == 0) {
     fill(out, width);
     for (std::int64_t n = 0; task.mode == PoolMode::kMax && n < width; ++n) argmax[n] = -1;
-  } else if (task.mode == PoolMode::kMean) {
-    mean_slice(out, states, layer.stride_t, tokens, count, width);
-  } else if (task.mode == PoolMode::kMax) {
-    max_slice(out, argmax, states, layer.stride_t, tokens, count, width);
-  } else {
-    const std::int64_t token = task.mode == PoolMode::kFirst ? tokens[0] : tokens[count - 1];
-    copy(out, states + token * layer.stride_t, width);
+    return;
+  }
+  switch (task.mode) {
+    case PoolMode::kMean:
+      return mean_slice(out, states, layer.stride_t, tokens, count, width);
+    case PoolMode::kMax:
+      return max_slice(out, argmax, states, layer.stride_t, tokens, count, width);
+    case PoolMode::kFirst:
+      return copy(out, states + tokens[0] * layer.stride_t, width);
+    case PoolMode::kLast:
+      return copy(out, states + tokens[count - 1] * layer.stride_t, width);
   }
 }
 
@@ -125,21 +129,36 @@ void spread(T* out, const T* shared, const std::int64_t* begin, const std::int64
 }
 
 template <typename T>
+void backward_mean(T* out, const T* grad, const std::int64_t* begin, const std::int64_t* end,
+                   std::int64_t num_tokens, std::int64_t H) {
+  // The last real token's row holds grad / count while the others are copied from it.
+  T* shared = out + end[-1] * H;
+  const auto count = static_cast<Compute<T>>(end - begin);
+  for (std::int64_t h = 0; h < H; ++h) from_compute(to_compute(grad[h]) / count, &shared[h]);
+  spread(out, shared, begin, end - 1, end[-1], H);
+  fill(shared + H, out + num_tokens * H - (shared + H));
+}
+
+template <typename T>
+void backward_max(T* out, const T* grad, const std::int64_t* argmax, std::int64_t num_tokens,
+                  std::int64_t H) {
+  fill(out, num_tokens * H);
+  for (std::int64_t h = 0; h < H; ++h) out[argmax[h] * H + h] = grad[h];
+}
+
+template <typename T>
 void backward_row(T* out, const T* grad, const std::int64_t* argmax, const std::int64_t* begin,
                   const std::int64_t* end, std::int64_t num_tokens, std::int64_t H, PoolMode mode) {
-  if (mode == PoolMode::kMean && begin != end) {
-    // The last real token's row holds grad / count while the others are copied from it.
-    T* shared = out + end[-1] * H;
-    const auto count = static_cast<Compute<T>>(end - begin);
-    for (std::int64_t h = 0; h < H; ++h) from_compute(to_compute(grad[h]) / count, &shared[h]);
-    spread(out, shared, begin, end - 1, end[-1], H);
-    fill(shared + H, out + num_tokens * H - (shared + H));
-  } else if (mode == PoolMode::kMax || begin == end) {
-    fill(out, num_tokens * H);
-    for (std::int64_t h = 0; h < H && begin != end; ++h) out[argmax[h] * H + h] = grad[h];
-  } else {
-    const std::int64_t* token = mode == PoolMode::kFirst ? begin : end - 1;
-    spread(out, grad, token, token + 1, num_tokens, H);
+  if (begin == end) return fill(out, num_tokens * H);
+  switch (mode) {
+    case PoolMode::kMean:
+      return backward_mean(out, grad, begin, end, num_tokens, H);
+    case PoolMode::kMax:
+      return backward_max(out, grad, argmax, num_tokens, H);
+    case PoolMode::kFirst:
+      return spread(out, grad, begin, begin + 1, num_tokens, H);
+    case PoolMode::kLast:
+      return spread(out, grad, end - 1, end, num_tokens, H);
   }
 }
 
