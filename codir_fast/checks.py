@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -97,9 +98,11 @@ def check_same_dtype(name: str, value: Tensor, dtype: torch.dtype, whose: str) -
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether looking at its values costs nothing: not on a GPU, not while compiling or under
-    vmap.
+    vmap. A fake tensor has none.
     """
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return False
+    if isinstance(tensor, FakeTensor):
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):

@@ -5,6 +5,7 @@ precision, functorch, repeated backward passes.
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import codir_fast
@@ -299,3 +300,29 @@ def test_a_traced_step_fits_other_sizes(reduction, with_bank_gradient):
     traced = make_fx(step, tracing_mode="symbolic")(*inputs(5, 11))
     given = inputs(9, 14)
     torch.testing.assert_close(traced(*given), step(*given))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("form", ["in-batch", "shared", "own", "index"])
+def test_fake_tensors(form, objective, device):
+    """Shapes alone, as whoever plans memory asks for them; on a GPU that need not be there."""
+    with FakeTensorMode(), torch.device(device):
+        # A build of PyTorch without CUDA has gradients on CPUs only.
+        needs_grad = device == "cpu"
+        q, p = (torch.empty(4, D, requires_grad=needs_grad) for _ in range(2))
+        negatives, options = None, {"objective": objective}
+        if form in ("shared", "index"):
+            negatives = torch.empty(20, D, requires_grad=needs_grad and form == "shared")
+        elif form == "own":
+            negatives = torch.empty(4, M, D, requires_grad=needs_grad)
+        if form == "index":
+            options["negative_index"] = torch.empty(4, M, dtype=torch.int64)
+        if objective == "nce":
+            options |= {"log_partition": torch.empty(()), "num_data": 100}
+        loss = contrastive_loss(q, p, negatives, reduction="none", **options)
+        assert loss.shape == (4,) and loss.device.type == device
+        if needs_grad:
+            assert [g.shape for g in gradients(loss, q, p, negatives)] == [
+                x.shape for x in (q, p, negatives) if x is not None and x.requires_grad
+            ]
