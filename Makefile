@@ -97,10 +97,15 @@ MEMCHECK := memcheck --report-api-errors no
 gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 	  f"torch {torch.__version__} of {sys.executable} sees no CUDA GPU: give another with PYTHON=...")'
+	@$(PYTHON) -c 'import sys; from importlib import metadata; \
+	  found = next((d.version for d in metadata.distributions(name="setuptools")), "no"); \
+	  sys.exit(None if found != "no" and int(found.split(".")[0]) >= 77 else \
+	  f"{sys.executable} has {found} setuptools: the build needs setuptools>=77")'
 
 $(GPU_BUILD)/.installed: $(BUILD_FILES) $(wildcard codir_fast/*.py codir_fast/*/*.py kernels/*.py benchmarks/*.py benchmarks/*/*.py)
 	rm -rf $(GPU_BUILD)
 	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(GPU_BUILD) .
+	@git describe --always --dirty >$(GPU_BUILD)/codir_fast/benchmarks/commit 2>/dev/null || true
 	@touch $@
 
 # At most $(1) seconds of the command $(3) in the environment $(2), and of all that it starts, which
@@ -138,8 +143,9 @@ test-gpu: gpu $(GPU_BUILD)/.installed
 	set +x; [ -z "$$failed" ] || { echo "test-gpu: failed or out of time$$failed; see $(GPU_OUT)/tests.jsonl" >&2; exit 1; }
 
 # Quick: ours and what any user would write, at each shape.
-QUICK_BENCH := --peers codir_fast-triton codir_fast-triton-graph codir_fast-cuda-graph eager eager-graph --budget 0.2
-BENCH_SECONDS := 480
+QUICK_BENCH := --peers codir_fast-triton codir_fast-triton-graph codir_fast-cuda-graph codir_fast-graph eager eager-graph \
+  gathered gathered-graph --budget 0.2
+BENCH_SECONDS := $(if $(QUICK),270,480)
 # All is compiled first, by several processes; then the named shapes are timed, and after them the
 # curve, each written at once. Nothing compiles any more then: what takes half a minute hangs.
 bench-gpu: gpu $(GPU_BUILD)/.installed

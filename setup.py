@@ -87,6 +87,7 @@ setup(
     ],
     package_dir={"codir_fast.kernels": "kernels", "codir_fast.benchmarks": "benchmarks"},
     package_data={"codir_fast": ["py.typed"]},
+    include_package_data=False,  # results are for readers of the source
     ext_modules=[Extension("codir_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -230,11 +230,12 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file is in, if it is in one."""
+    """Of the checkout that this file is in, or that `make bench-gpu` built it from, if known."""
     here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
-        return None
-    return _output("git", "-C", str(here), "describe", "--always", "--dirty")
+    if (here.parent / ".git").exists():
+        return _output("git", "-C", str(here), "describe", "--always", "--dirty")
+    noted = here / "commit"
+    return noted.read_text().strip() or None if noted.is_file() else None
 
 
 def _version(package: str) -> str | None:

@@ -131,8 +131,32 @@ def test_replacing_your_loss(source, original, ours):
     assert any(gradient.any() for gradient in got[1])
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "benchmarks" / "results" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
-    for link in links:
-        assert link.startswith("http") or (page.parent / link).exists(), link
+    links = re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8"))
+    for link, anchor in links:
+        if link.startswith("http"):
+            continue
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+def test_every_page_is_linked():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert page.name in text, page

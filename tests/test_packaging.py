@@ -65,6 +65,8 @@ def test_wheel_holds_binary_and_packages(dist):
         expected = {f"{package}/{path.relative_to(base).as_posix()}" for path in ROOT.glob(pattern)}
         assert expected <= set(names)
     assert "codir_fast/py.typed" in names
+    files = {name for name in names if not name.endswith((".py", suffix))}
+    assert all(name == "codir_fast/py.typed" or ".dist-info/" in name for name in files)
     top = {name.split("/")[0] for name in names}
     assert top == {"codir_fast", f"codir_fast-{__version__}.dist-info"}
 

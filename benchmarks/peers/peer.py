@@ -85,6 +85,7 @@ def with_gradient(inputs: Inputs, loss: Callable[[], Tensor]) -> Run:
 def replayed(step: Run) -> Run:
     """Captured once, replayed: what is left without PyTorch's overhead."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the inputs are there
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()

@@ -161,6 +161,7 @@ def assert_right(case: Case, backend: str, needs=DIFFERENTIABLE) -> list[Tensor]
 def assert_replays(run: Callable[[], list[Tensor]], inputs: Sequence[Tensor]) -> None:
     """A CUDA graph of `run`, replayed after its inputs have changed, gives what `run` does then."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the inputs are there
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()

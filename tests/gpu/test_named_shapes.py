@@ -10,7 +10,11 @@ from codir_fast.benchmarks.shapes import SHAPES
 
 pytestmark = pytest.mark.usefixtures("needs_gpu")
 # Those replayed as graphs run the kernels of the queue's forms.
-OURS = [p for p in PEERS if p.name.startswith("codir_fast") and not p.name.endswith("graph")]
+OURS = [
+    p
+    for p in PEERS
+    if p.name.startswith("codir_fast") and not p.name.endswith("graph") and not p.is_floor
+]
 CASES = [(shape, peer) for shape in SHAPES for peer in OURS if peer.operator == shape.operator]
 
 
