@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codir_fast.checks import check_count, check_device, check_float_dtype, check_tensor
+from codir_fast.checks import (
+    check_count,
+    check_device,
+    check_float_dtype,
+    check_tensor,
+    has_values,
+    is_readable,
+)
 from codir_fast.collectives import Settings
 from codir_fast.ops.bank_update import bank_update
 from codir_fast.sharding import Shard, shard_of
@@ -66,7 +73,9 @@ class BankRows(nn.Module):
             check_float_dtype("dtype", dtype)
         self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype))
         # Row j is row_scale[j] * rows[j], of unit length; None: rows[j] is.
-        self.register_buffer("row_scale", torch.ones(size) if is_float8 else None)
+        self.register_buffer(
+            "row_scale", torch.ones(size, dtype=torch.float32) if is_float8 else None
+        )
         self.register_buffer("valid", torch.zeros(size, dtype=torch.bool))
         if labels is not None:
             if labels.is_meta and not self.rows.is_meta:
@@ -89,9 +98,22 @@ class BankRows(nn.Module):
 
         On a GPU finding out would wait for the device: there a queue knows after a whole turn, an
         IndexedBank when a state is loaded. Where others write `valid`, or put another buffer in its
-        place, as torch.func.functional_call does, nothing is known.
+        place, as torch.func.functional_call does, nothing is known. A compiled step on a GPU can't
+        see that `valid` was written: clear() empties a bank for it too.
         """
-        return self._full and (torch.compiler.is_compiling() or self._is_as_left())
+        if not torch.compiler.is_compiling():
+            return self._full and self._is_as_left()
+        # The mask of a full bank costs a CPU's kernels a hundredth, those of a GPU up to half. What
+        # is exported serves other states.
+        known = not (self.valid.is_cpu or torch.compiler.is_exporting())
+        return known and self._full and self._left[0] is self.valid
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Makes every row an empty one, as in a new bank; of a sharded bank, those of this rank."""
+        self.valid.zero_()
+        self._full, self._until_full = False, self.rows.shape[0]
+        self._mark()
 
     def _mark(self) -> None:
         """Notes `valid` as it is: what is known of it holds as long as it stays that."""
@@ -113,8 +135,10 @@ class BankRows(nn.Module):
         self._mark()
 
     def _apply(self, *args: Any, **kwargs: Any) -> "BankRows":
-        is_as_left = self._is_as_left()
+        is_as_left, rows = self._is_as_left(), self.rows
         super()._apply(*args, **kwargs)
+        if self.rows.dtype == FLOAT8 and self.row_scale is None:
+            self.rows, self.row_scale = _quantize(rows.to(self.rows.device, torch.float32))
         if is_as_left:  # on another device, the same
             self._mark()
         return self
@@ -204,7 +228,7 @@ class BankRows(nn.Module):
         return rows.float() * self.row_scale[index, None].float()
 
     def _find_if_full(self) -> None:
-        if self.valid.is_cpu:
+        if is_readable(self.valid):
             self._until_full = int((~self.valid).sum())
             self._full = self._until_full == 0
 
@@ -240,7 +264,11 @@ class BankRows(nn.Module):
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._full = not self.valid.is_meta and bool(self.valid.all())
+        # With assign=True buffers are what came, transposed or of another integer type maybe.
+        self.rows, self.valid = self.rows.contiguous(), self.valid.to(torch.bool)
+        if self.row_labels is not None:
+            self.row_labels = self.row_labels.to(torch.int64)
+        self._full = has_values(self.valid) and bool(self.valid.all())
         self._until_full = self.rows.shape[0]
         self._find_if_full()
         self._mark()

@@ -96,13 +96,16 @@ def check_same_dtype(name: str, value: Tensor, dtype: torch.dtype, whose: str) -
         )
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether it is more than a shape: neither on meta nor fake."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether looking at its values costs nothing: not on a GPU, not while compiling or under
-    vmap. A fake tensor has none.
+    vmap.
     """
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
-        return False
-    if isinstance(tensor, FakeTensor):
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or not has_values(tensor):
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):

@@ -48,7 +48,7 @@ USAGE = "\n".join(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for an error of use, 1 for a full disk,
-    weights that are no numbers, or another process that ended.
+    weights that are no numbers, or another process that ended, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -67,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not is_full(error):
             raise
         return _failed(error, 1)
+    except KeyboardInterrupt as error:
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            traceback.print_exception(error)
+        print("codir-fast: interrupted", file=sys.stderr)
+        return 130
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -72,11 +72,16 @@ def refuse_picks(**picks: Tensor | None) -> None:
             )
 
 
-def check_temperature(temperature: float, name: str = "temperature") -> None:
+def check_temperature(
+    temperature: float, name: str = "temperature", dtype: torch.dtype = torch.float64
+) -> None:
+    """`dtype`: what logits, and with them 1/t, are computed in."""
     t = check_number(name, temperature)
     # Comparisons only: torch.compile can follow them.
     if not (0 < t < math.inf and 1 / t < math.inf):
         raise ValueError(f"`{name}` must be positive and finite, got {t}")
+    if 1 / t > torch.finfo(dtype).max:
+        raise ValueError(f"`{name}` must be at least {1 / torch.finfo(dtype).max:.3g}, got {t}")
 
 
 def _check_log_partition(log_partition: float) -> None:
@@ -125,8 +130,9 @@ def check_pair(
 
 
 def inverse_temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
+    compute = compute_dtype(query.dtype)
     if not isinstance(temperature, Tensor):
-        check_temperature(temperature)
+        check_temperature(temperature, dtype=compute)
         return torch.full((), 1 / as_number(temperature), dtype=torch.float64, device="cpu")
     check_tensor("temperature", temperature)
     if temperature.ndim != 0:
@@ -135,8 +141,8 @@ def inverse_temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
     if temperature.device.type != "cpu":
         check_device("temperature", temperature, query.device, "`query` or on the CPU")
     if is_readable(temperature):
-        check_temperature(temperature.item())
-    return temperature.to(compute_dtype(query.dtype)).reciprocal()
+        check_temperature(temperature.item(), dtype=compute)
+    return temperature.to(compute).reciprocal()
 
 
 def check_float8(negatives: ChosenNegatives, temperature: float | Tensor) -> None:

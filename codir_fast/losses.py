@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from codir_fast.backend import NAMES as BACKENDS
-from codir_fast.checks import as_number, check_choice, check_flag, check_number
+from codir_fast.checks import as_number, check_choice, check_flag, check_number, has_values
 from codir_fast.collectives import ranks_of
 from codir_fast.functional import contrastive_loss, estimate_log_partition
 from codir_fast.loss_arguments import check_nce, check_options, check_temperature
@@ -30,12 +30,13 @@ class ContrastiveLoss(nn.Module):
         temperature: t > 0, where learning starts if it is learnt.
         objective, normalize, reduction, symmetric, backend, num_data: as for the function.
         learnable_temperature: makes log(1/t) a parameter, `log_inv_temperature`, kept where 1/t is
-            in [0.01, 100]: in training each call first clamps the parameter in place, and a tensor
+            in [0.01, 100]: in training each call first clamps the parameter in place, and a leaf
             that is given for it (torch.func.functional_call) likewise.
         log_partition: log Z of NCE, a number. Default: that of the first batch in training that
             meets negatives, kept from then on. It is a buffer in float64, NaN as long as it is not
             known; until then a batch goes by its own where there are none (a bank that is still
-            empty), or in eval mode, and keeps none.
+            empty), or in eval mode, and keeps none. A compiled step can't see that it is known: it
+            makes the estimate in each call until train(), eval() or a call outside has looked.
         process_group: as for the function.
 
     Example:
@@ -91,11 +92,21 @@ class ContrastiveLoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """t: a number, or where it is learnt a 0-d tensor with gradient."""
+        """t: a number, which may be set anew, or where it is learnt a 0-d tensor with gradient."""
         if not self.learnable_temperature:
             return self._temperature
-        # A copy: the parameter may be brought back into range before this is differentiated.
-        return self.log_inv_temperature.clone().clamp(_MIN_LOG_INV, _MAX_LOG_INV).neg().exp()
+        # A copy: the parameter may be brought back into range before this is differentiated. In
+        # half precision e^x would be off by its rounding of 1/t.
+        parameter = self.log_inv_temperature
+        wide = parameter.clone().to(torch.promote_types(parameter.dtype, torch.float32))
+        return wide.clamp(_MIN_LOG_INV, _MAX_LOG_INV).neg().exp()
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        if self.learnable_temperature:
+            raise AttributeError("`temperature` is learnt: `log_inv_temperature` holds it")
+        check_temperature(temperature)
+        self._temperature = as_number(temperature)
 
     def forward(
         self,
@@ -129,11 +140,13 @@ class ContrastiveLoss(nn.Module):
             RuntimeError: the backend can't run here; a rank has ended; NCE in training under
                 torch.vmap or torch.func, whose `log_partition` is not known yet.
         """
-        if self.learnable_temperature and self.training:
+        if self.learnable_temperature and self.training and self.log_inv_temperature.is_leaf:
             # The parameter itself is held in range, as CLIP does: beyond it there is no gradient to
-            # come back.
-            with torch.no_grad():
-                self.log_inv_temperature.clamp_(_MIN_LOG_INV, _MAX_LOG_INV)
+            # come back. Others may have used it by now, a penalty on it, say; in range it is as
+            # they left it.
+            parameter = self.log_inv_temperature
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(parameter):
+                parameter.clamp_(_MIN_LOG_INV, _MAX_LOG_INV)
         options: dict[str, Any] = {
             "temperature": self.temperature,
             "normalize": self.normalize,
@@ -160,13 +173,11 @@ class ContrastiveLoss(nn.Module):
         )
 
     def _partition(self, vectors: tuple[Any, ...], options: dict[str, Any]) -> Tensor | None:
-        """log Z, kept for good at the first batch in training; None: the batch's own, not kept."""
+        """log Z, kept for good at the first batch in training that meets negatives; None: the
+        batch's own, not kept.
+        """
+        self._look_for_partition()
         if self._log_partition_known:
-            return self.log_partition
-        may_look = _may_look(self.log_partition)
-        if may_look and not self.log_partition.isnan():
-            # Others write buffers, too: DistributedDataParallel, an average of models.
-            self._log_partition_known = True
             return self.log_partition
         estimate = estimate_log_partition(*vectors, **options)
         is_alone = self._ranks is None
@@ -177,16 +188,50 @@ class ContrastiveLoss(nn.Module):
                 "`log_partition` must be given, or fixed by a batch outside, before NCE is trained "
                 "under torch.vmap or torch.func: what one of their samples has can't be kept"
             )
-        if may_look and (_has_none(vectors[1], vectors[2], is_alone) or not estimate.isfinite()):
+        if not _may_look(self.log_partition):
+            return self._keep_unseen(estimate, *vectors[1:])
+        if _has_none(vectors[1], vectors[2], is_alone) or not estimate.isfinite():
             return None
         self.log_partition.copy_(estimate)
         self._log_partition_known = True
         return self.log_partition
 
+    def _keep_unseen(
+        self, estimate: Tensor, positive_key: Tensor, negative_keys: Negatives
+    ) -> Tensor:
+        """The same where nobody can look, as in a compiled step: what is not known is estimated in
+        every step, until somebody looks outside.
+        """
+        meets = estimate.isfinite()
+        if isinstance(negative_keys, (MemoryQueue, IndexedBank)):
+            if self._ranks is not None:
+                raise RuntimeError(
+                    "`log_partition` must be given, or fixed by a batch outside, before NCE "
+                    "against a sharded bank is trained under torch.compile or captured"
+                )
+            meets = meets & negative_keys.valid.any()
+        elif _has_none(positive_key, negative_keys, self._ranks is None):
+            return estimate
+        is_first = self.log_partition.isnan() & meets
+        self.log_partition.copy_(torch.where(is_first, estimate, self.log_partition))
+        return torch.where(self.log_partition.isnan(), estimate, self.log_partition)
+
+    def _look_for_partition(self) -> None:
+        """Others write buffers, too: DistributedDataParallel, an average of models, a compiled
+        step.
+        """
+        if not self._log_partition_known and _may_look(self.log_partition):
+            self._log_partition_known = not bool(self.log_partition.isnan())
+
+    def train(self, mode: bool = True) -> "ContrastiveLoss":
+        if self.objective == "nce":
+            self._look_for_partition()
+        return super().train(mode)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.objective == "nce":
-            known = not self.log_partition.is_meta and not bool(self.log_partition.isnan())
+            known = has_values(self.log_partition) and not bool(self.log_partition.isnan())
             self._log_partition_known = known
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ContrastiveLoss":
@@ -212,7 +257,7 @@ class ContrastiveLoss(nn.Module):
 def _may_look(value: Tensor) -> bool:
     """Whether a number that is looked at once may be: a GPU is waited for, but not in a capture."""
     capturing = value.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (torch.compiler.is_compiling() or value.is_meta or capturing)
+    return has_values(value) and not (torch.compiler.is_compiling() or capturing)
 
 
 def _has_none(positive_key: Tensor, negative_keys: Negatives, is_alone: bool) -> bool:

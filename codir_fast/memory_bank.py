@@ -16,6 +16,7 @@ from codir_fast.checks import (
     check_integers,
     check_number,
 )
+from codir_fast.ops.registration import is_transformed, under_functorch
 
 
 class MemoryQueue(BankRows):
@@ -106,6 +107,10 @@ class MemoryQueue(BankRows):
         self._check_labels(keys, labels)
         if not self.training:
             return
+        if under_functorch() and not is_transformed(self.position):  # it can't write `position`
+            raise RuntimeError(
+                "MemoryQueue.enqueue must be called outside of torch.func's transforms"
+            )
         N = total = keys.shape[0]
         before = 0  # keys of lower ranks
         if self.shard is not None:
@@ -123,6 +128,10 @@ class MemoryQueue(BankRows):
         if self.row_labels is not None and labels is not None:
             self.row_labels[index] = labels
         self.position.copy_((self.position + total) % self.size)
+
+    def clear(self) -> None:
+        super().clear()
+        self.position.zero_()
 
     def _to_owners(
         self, index: Tensor, keys: Tensor, labels: Tensor | None

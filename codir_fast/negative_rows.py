@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from codir_fast.ops.registration import is_transformed
 from codir_fast.ops.unit_rows import EPS, unit_rows
@@ -31,8 +32,14 @@ def as_rows(vectors: Tensor, form: RowForm) -> Tensor:
 
 
 def carries_gradient(vectors: Tensor) -> bool:
-    """Whether they do, or may: what functorch's transforms wrap does not always say so."""
-    return is_transformed(vectors) or (vectors.requires_grad and torch.is_grad_enabled())
+    """Whether they do, or may: what functorch's transforms wrap does not always say so. A tangent
+    of forward mode is none, but must meet the operator that refuses it.
+    """
+    if is_transformed(vectors) or (vectors.requires_grad and torch.is_grad_enabled()):
+        return True
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(vectors).tangent is not None
 
 
 def scaled_rows(vectors: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

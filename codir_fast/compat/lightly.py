@@ -68,7 +68,8 @@ class NTXentLoss(nn.Module):
         if self.memory_bank_size[0] == 0:
             return self._between_views(out0, out1)
         if self.memory_bank is None:
-            queue = _random_queue(self.memory_bank_size[0], out1.shape[1])
+            with torch.inference_mode(False):  # which training may write to
+                queue = _random_queue(self.memory_bank_size[0], out1.shape[1])
             self.memory_bank = queue.train(self.training)
         bank = self.memory_bank.to(out0.device)
         if out0.shape[1] != bank.dim:

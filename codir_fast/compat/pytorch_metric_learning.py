@@ -266,8 +266,9 @@ class CrossBatchMemory(nn.Module):
         labels = as_labels("labels", labels, embeddings)
         if enqueue_mask is not None:
             check_mask("enqueue_mask", enqueue_mask, len(embeddings))
-        self.embedding_memory = self.embedding_memory.to(embeddings)
-        self.label_memory = self.label_memory.to(labels.device)
+        with torch.inference_mode(False):  # what training may write to
+            self.embedding_memory = self.embedding_memory.to(embeddings.device, embeddings.dtype)
+            self.label_memory = self.label_memory.to(labels.device)
         own_row = None
         if enqueue_mask is None:
             own_row = self._enqueue(embeddings, labels)

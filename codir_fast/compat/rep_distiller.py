@@ -3,6 +3,7 @@ CoDIR code (intersun/CoDIR, crd/) uses too.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,11 +65,18 @@ class ContrastMemory(nn.Module):
         check_temperature(T, "T")
         _check_momentum("momentum", momentum)
         self.K = K
-        self.register_buffer("params", torch.tensor([K, T, -1, -1, momentum]))
+        self.register_buffer("params", torch.tensor([K, T, -1, -1, momentum], dtype=torch.float32))
         bound = 1 / math.sqrt(inputSize / 3)
         for name in ("memory_v1", "memory_v2"):
             rows = torch.rand(outputSize, inputSize).mul_(2 * bound).sub_(bound)
             self.register_buffer(name, rows)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ContrastMemory":
+        before = self.params
+        super()._apply(fn, recurse)
+        if self.params.dtype.itemsize < before.dtype.itemsize:  # too few digits for K and Z
+            self.params = before.to(self.params.device)
+        return self
 
     def forward(
         self, v1: Tensor, v2: Tensor, y: Tensor, idx: Tensor | None = None

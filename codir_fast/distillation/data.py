@@ -1,6 +1,7 @@
 """Labelled texts from files or the hub, and their tokens."""
 
 import csv
+import glob
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,10 +91,13 @@ def read_file(
     suffix = Path(path).suffix.lower()
     if suffix not in formats:
         raise UsageError(f"`{name}` must end in {', '.join(formats)}, got {path}")
+    options: dict[str, Any] = {"streaming": streaming}
     if suffix == ".csv":
         _check_header(name, path)
-    with reading(name, path):
-        return load_dataset(formats[suffix], data_files=path, split="train", streaming=streaming)
+        # None, null and NA are words, and names of classes; an empty cell is missing.
+        options |= {"keep_default_na": False, "na_values": [""]}
+    with reading(name, path):  # which would take the path for a pattern of several
+        return load_dataset(formats[suffix], data_files=glob.escape(path), split="train", **options)
 
 
 @contextmanager

@@ -37,7 +37,10 @@ def layer_pairs(mapping: str, student_layers: int, teacher_layers: int) -> Pairs
         if mapping == "last":
             return [(n, N)]
         if n > N:
-            raise ValueError(f"`student_layers` must be at most {N}, the teacher's, got {n}")
+            raise ValueError(
+                f"`layer_mapping` {mapping} needs a student of at most {N} layers, the teacher's, "
+                f"got {n}: give last or pairs as 1:4,2:8"
+            )
         shift = 0 if mapping == "uniform" else 1
         return [(i, round((i - shift) * N / n) + shift) for i in range(1, n + 1)]
     for student, teacher in pairs:

@@ -33,6 +33,9 @@ class DistillationModel(TeacherStudent):
     output with the labels, KD that with the teacher's output (kd_temperature has no meaning), and
     examples have one label to CoDIR where they are of one bin, see quantile_bins and label_bins.
 
+    A loop of your own calls update_bank() after each step of the optimizer, as DistillationTrainer
+    does: until then the bank has no row of the examples, and the contrastive term is 0.
+
     The teacher is frozen and always in eval mode; it is neither in parameters() nor in state_dict()
     but moves with the module. In eval mode only the student runs: the loss is CE, the bank stays.
 

@@ -40,7 +40,12 @@ def student_from_teacher(
 
     stacks = _layer_stacks(teacher, total)
     given = teacher.state_dict()
-    state = {name: given[_source_name(name, stacks, source)] for name in student.state_dict()}
+    state = student.state_dict()
+    for name, value in state.items():
+        taken = given[_source_name(name, stacks, source)]
+        # Of another shape is what looks at all layers at once, as ESM's contacts: it begins anew.
+        if taken.shape == value.shape:
+            state[name] = taken
     student.load_state_dict(state)
     return student
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codir_fast.backend import resolve
+from codir_fast.checks import has_values
 from codir_fast.ops import registration
 from codir_fast.ops.contrast import compute_dtype
 
@@ -29,7 +30,15 @@ def bank_update(
     op = _OPS[resolve("bank_update", backend, bank)]
     with torch.no_grad():
         keys = keys.detach().to(compute_dtype(bank.dtype)).contiguous()
+        if _may_be_rows_of(bank, keys):
+            keys = keys.clone()
         op(bank, index, keys, momentum, filled)
+
+
+def _may_be_rows_of(bank: Tensor, keys: Tensor) -> bool:
+    if torch.compiler.is_compiling() or registration.under_functorch() or not has_values(bank):
+        return False
+    return keys.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr()
 
 
 def _torch(

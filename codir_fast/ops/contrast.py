@@ -29,7 +29,7 @@ class PreparedPair:
 
     def __init__(self, query: Tensor, positive: Tensor, normalize: bool) -> None:
         dtype = compute_dtype(query.dtype)
-        self.query, self.positive = query.to(dtype), positive.to(dtype)
+        self.query, self.positive = (x.to(dtype).contiguous() for x in (query, positive))
         self._norms: tuple[Tensor, Tensor] | None = None
         if normalize:
             self.query, query_norm = unit_and_norm(self.query)

@@ -50,7 +50,7 @@ def add_contrast_backend(op: str, backend: str) -> Callable[[tuple[Any, ...], st
             dquery if needs[0] else None,
             dpositive if needs[1] else None,
             dinv_temperature if needs[3] else None,
-            *((query, bank, inv_temperature, lse, *picks) if needs[2] else ()),
+            *(map(_savable, (query, bank, inv_temperature, lse, *picks)) if needs[2] else ()),
         )
         ctx.inv_temperature_like = inv_temperature.dtype, inv_temperature.device
 
@@ -81,6 +81,11 @@ def add_contrast_backend(op: str, backend: str) -> Callable[[tuple[Any, ...], st
     registration.register_fake(run, _fake)
     registration.register_fake(backward, _fake_backward)
     return add_loss(run, 4, save, differentiate)
+
+
+def _savable(tensor: Tensor | None) -> Tensor | None:
+    """Inference tensors can't be saved for backward, their copies can."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 def _chained(

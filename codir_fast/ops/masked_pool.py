@@ -150,6 +150,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     hidden_states, attention_mask, mode = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
+    if attention_mask is not None and attention_mask.is_inference():
+        attention_mask = attention_mask.clone()  # which can be saved
     ctx.save_for_backward(attention_mask, output[1])
     ctx.num_layers, ctx.num_tokens = len(hidden_states), hidden_states[0].shape[1]
     ctx.mode = mode

@@ -302,3 +302,30 @@ def test_evaluate_refuses_a_missing_test_file(folder, capsys):
     model = str(folder / "teacher")
     assert main(["evaluate", "--model_name_or_path", model, "--test_file", "no.csv"]) == 2
     assert "`test_file` must be an existing file" in capsys.readouterr().err
+
+
+def test_the_named_file_is_read_and_no_other(tmp_path):
+    """A path is no pattern, even where another file would fit it."""
+    folder = tmp_path / "we[i]rd *"
+    folder.mkdir()
+    for name, text in (("data[1]?.csv", "right"), ("data1x.csv", "wrong")):
+        (folder / name).write_text(f"text,label\n{text},a\n", encoding="utf-8")
+    read = read_file("train_file", str(folder / "data[1]?.csv"))
+    assert read["text"] == ["right"]
+
+
+def test_words_for_nothing_are_words(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\nnull,None\nNA,nan\n,n/a\n", encoding="utf-8")
+    read = read_file("train_file", str(path))
+    assert read["text"] == ["null", "NA", None]
+    assert read["label"] == ["None", "nan", "n/a"]
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("codir_fast.distillation.distill.run", interrupted)
+    assert main(["distill", "--teacher", "x"]) == 130
+    assert capsys.readouterr().err == "codir-fast: interrupted\n"

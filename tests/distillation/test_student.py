@@ -7,6 +7,8 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    EsmConfig,
+    EsmForSequenceClassification,
     LongformerConfig,
     LongformerForSequenceClassification,
     ModernBertConfig,
@@ -107,6 +109,17 @@ def test_layers_keep_how_far_they_see():
     teacher = LongformerForSequenceClassification(config)
     assert student_from_teacher(teacher, 2).config.attention_window == [8, 32]
     assert teacher.config.attention_window == [4, 8, 16, 32]
+
+
+def test_what_looks_at_all_layers_begins_anew():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = EsmConfig(**SMALL, **sizes, num_hidden_layers=4, pad_token_id=0, mask_token_id=1)
+    teacher = EsmForSequenceClassification(config)
+    student = student_from_teacher(teacher, 2)
+    for name, value in student.state_dict().items():
+        if "contact_head" not in name:
+            source = name.replace("layer.1.", "layer.3.").replace("layer.0.", "layer.1.")
+            assert torch.equal(value, teacher.state_dict()[source]), name
 
 
 @pytest.fixture
