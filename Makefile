@@ -17,7 +17,7 @@ $(BIN)/cmake --build $(1)
 $(BIN)/ctest --test-dir $(1) --output-on-failure -j $(shell nproc 2>/dev/null || echo 2)
 endef
 
-.PHONY: help install demo study test ctest sanitize bench static-gpu test-gpu bench-gpu lint format clean
+.PHONY: help install demo study test ctest sanitize bench static-gpu test-gpu bench-gpu backends-gpu lint format clean
 
 help:
 	@echo "make install   .venv with pinned packages, codir_fast built into it"
@@ -31,6 +31,7 @@ help:
 	@echo "make test-gpu  the GPU tests, with PYTHON's own torch, nothing fetched; PYTHON=python3, QUICK=1: what tells most, REST=1: the rest, SANITIZE=1: compute-sanitizer"
 	@echo "make bench-gpu  the kernels beside their peers on the GPU, likewise, to benchmarks/results/OUT (OUT=gpu, or a"
 	@echo "                path from /); SHAPE=clip: that one, QUICK=1: fewer peers"
+	@echo "make backends-gpu  the hand-written kernel beside Triton's on a Hopper GPU, likewise; QUICK=1"
 	@echo "make lint      style, formatting and types; make format mends the first two"
 	@echo "make clean     remove builds and .venv, keep runs/"
 
@@ -152,6 +153,11 @@ bench-gpu: gpu $(GPU_BUILD)/.installed
 	cd $(GPU_BUILD) && $(call limited,$(BENCH_SECONDS),,$(THEIR_PYTHON) -m codir_fast bench --device cuda --limit 30 \
 	  --shape $(or $(SHAPE),all) $(if $(QUICK),$(QUICK_BENCH),--sweep K --budget 0.3) --out $(GPU_OUT)) || { code=$$?; \
 	  [ $$code -ne 124 ] || echo "bench-gpu: out of time; what was timed until then is in $(GPU_OUT)" >&2; exit $$code; }
+
+# The hand-written kernel of bank_contrast beside Triton's, on a Hopper GPU.
+backends-gpu: gpu $(GPU_BUILD)/.installed
+	cd $(GPU_BUILD) && $(call limited,$(BENCH_SECONDS),,$(THEIR_PYTHON) -m codir_fast.benchmarks.backends \
+	  $(if $(QUICK),--quick) --out $(GPU_OUT))
 
 lint: $(VENV)/.packages
 	$(BIN)/ruff check .

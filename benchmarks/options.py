@@ -125,7 +125,7 @@ def _check_train_step(options: argparse.Namespace) -> None:
     if options.device != "cpu":
         raise UsageError(f"`train_step` is timed on the CPU, got `device` {options.device}")
     if importlib.util.find_spec("transformers") is None:
-        raise UsageError("`train_step` needs transformers; pip install 'codir-fast[train]'")
+        raise UsageError("`train_step` needs transformers: pip install '.[train]' in the sources")
 
 
 def where(options: argparse.Namespace) -> Where:

@@ -269,7 +269,9 @@ def _availability(backend: str) -> tuple[bool, str]:
 def _what_is_missing(backend: str) -> str:
     """Whatever the GPU; empty if nothing."""
     if backend == "cuda" and not _built_with_cuda():
-        return "this build of codir_fast has no CUDA part: nvcc was not found"
+        return (
+            "this build of codir_fast has no CUDA part: made without nvcc or with CODIR_FAST_CUDA=0"
+        )
     return (
         "the triton package is not installed" if backend == "triton" and not _has_triton() else ""
     )

@@ -82,7 +82,7 @@ def _run(command: str, arguments: list[str]) -> int:
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if module.startswith(start) and missing:
             raise UsageError(
-                f"{command} needs {', '.join(missing)}; pip install 'codir-fast[{extra}]'"
+                f"{command} needs {', '.join(missing)}: pip install '.[{extra}]' in the sources"
             )
     return importlib.import_module(module).run(arguments)
 

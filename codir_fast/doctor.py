@@ -44,7 +44,7 @@ def diagnose() -> dict[str, Any]:
         "machine": f"{platform.machine()} {platform.system()}",
         "build": _C.build_info(),
         "cpu": {"in use": _C.cpu_isa(), "threads": _C.num_threads(), "has": _C.cpu_features()},
-        "gpus": _C.cuda_devices(),
+        "gpus": _C.cuda_devices() or _gpus_of_torch(),
         "backends": {
             name: {"available": status.available, "reason": status.reason, "ops": list(status.ops)}
             for name, status in backends().items()
@@ -52,6 +52,14 @@ def diagnose() -> dict[str, Any]:
     }
     report["advice"] = _advice(report)
     return report
+
+
+def _gpus_of_torch() -> list[dict[str, Any]]:
+    """For a build without a CUDA part, which can't ask the driver itself."""
+    return [
+        {"name": torch.cuda.get_device_name(n), "capability": torch.cuda.get_device_capability(n)}
+        for n in range(torch.cuda.device_count())
+    ]
 
 
 def _version(package: str) -> str:
@@ -65,13 +73,15 @@ def _advice(report: dict[str, Any]) -> list[str]:
     versions, build = report["versions"], report["build"]
     advice = []
     if not build["cuda"]:
-        advice.append("built without CUDA: put nvcc on PATH and install again for the CUDA part")
+        advice.append(
+            "built without CUDA: put nvcc on PATH, leave CODIR_FAST_CUDA out, and install again"
+        )
     if report["gpus"] and not torch.cuda.is_available():
         advice.append("there is a GPU but torch is a CPU build: install torch with CUDA")
     if report["gpus"] and versions["triton"] == "not installed":
-        advice.append("for the Triton kernels: pip install 'codir-fast[triton]'")
+        advice.append("for the Triton kernels: pip install '.[triton]' in the sources")
     if any(versions[name] == "not installed" for name in ("transformers", "datasets")):
-        advice.append("for finetune, distill, evaluate: pip install 'codir-fast[train]'")
+        advice.append("for finetune, distill, evaluate: pip install '.[train]' in the sources")
     if build["version"] != versions["codir-fast"]:
         advice.append("the compiled part is of another version: install again")
     return advice

@@ -69,7 +69,7 @@ def test_missing_packages_are_named(monkeypatch, capsys):
     monkeypatch.setattr("codir_fast.cli.NEEDS", needs)
     assert main(["distill"]) == 2
     error = capsys.readouterr().err
-    assert "no_such_package" in error and "pip install 'codir-fast[train]'" in error
+    assert "no_such_package" in error and "pip install '.[train]'" in error
 
 
 def test_module_is_the_same_program():
