@@ -1,5 +1,6 @@
 """Flags of the commands that train and evaluate, and their reading."""
 
+import difflib
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -203,7 +204,10 @@ def parse(
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise UsageError(f"{command}: {error}") from error
     if unknown:
-        raise UsageError(f"{command} has no flag {unknown[0]}; {command} --help lists them")
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"{command} --help lists them"
+        raise UsageError(f"{command} has no flag {unknown[0]}; {hint}")
     silence_others()
     return tuple(filled)
 

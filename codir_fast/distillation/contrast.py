@@ -93,6 +93,9 @@ class LayerContrast(nn.Module):
             student, teacher: features (B, L*H), pooled mapped layers side by side.
             examples: what the bank asks of each example, (B,) each.
         """
+        dtype = self.student_projection.linear.weight.dtype
+        if not torch.is_autocast_enabled(student.device.type):  # models may be of another
+            student, teacher = student.to(dtype), teacher.to(dtype)
         z_student = self.student_projection(self.student_features(student))
         z_teacher = self.teacher_projection(self.teacher_features(teacher))
         self._waiting.append((z_student.detach(), z_teacher.detach(), examples))

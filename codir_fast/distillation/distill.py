@@ -117,7 +117,7 @@ def read_flags(arguments: list[str]) -> tuple[Any, ...]:
 def run(arguments: list[str]) -> int:
     """Reads flags, distils, saves the student in transformers' format."""
     models, config, data, stopping, output, training = read_flags(arguments)
-    check_output(training, output)
+    check_output(training, output, teacher=models.teacher, student=models.student)
     resume = checkpoint_to_resume(training)
 
     set_seed(training.seed)

@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> int:
     data.check_training()
     stopping.check(training)
     check_training_arguments(training, args.given_flags(arguments))
-    check_output(training, output)
+    check_output(training, output, model_name_or_path=model_args.model_name_or_path)
     resume = checkpoint_to_resume(training)
 
     set_seed(training.seed)

@@ -12,6 +12,8 @@ from codir_fast.distillation.objectives import CLASSIFICATION, REGRESSION, is_re
 from codir_fast.errors import UsageError
 
 LARGEST_NUMBER = torch.finfo(torch.float32).max
+# What stands for a missing number in files; among texts they are words.
+_NO_NUMBER = ("", "-", "?", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "none")
 
 
 def check_label_column(examples: Dataset, name: str) -> None:
@@ -29,6 +31,30 @@ def check_label_column(examples: Dataset, name: str) -> None:
                 f"`{name}` must hold labels of one kind, row 0 has {labels[0]!r} and row {row} has "
                 f"{label!r}"
             )
+    if labels and isinstance(labels[0], str):
+        _check_no_missing_number(labels, name)
+
+
+def _check_no_missing_number(labels: list[str], name: str) -> None:
+    """Refuses numbers of which some are missing: a reader of csv takes all of them for texts then,
+    and each would become a class.
+    """
+    others = {
+        label: row for row, label in reversed(list(enumerate(labels))) if not _is_number(label)
+    }
+    words = all(label.strip().lower() in _NO_NUMBER for label in others)
+    if others and words and len(others) < len(set(labels)):
+        label = min(others, key=others.__getitem__)
+        raise UsageError(
+            f"`{name}` must have a number in each row, row {others[label]} has {label!r}"
+        )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def new_classifier(

@@ -2,6 +2,7 @@
 from.
 """
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +30,18 @@ class OutputArguments:
     )
 
 
-def check_output(training: TrainingArguments, output: OutputArguments) -> None:
-    """Refuses to mix a run with what is there, before anything is written."""
+def check_output(
+    training: TrainingArguments, output: OutputArguments, **models: str | None
+) -> None:
+    """Refuses to mix a run with what is there, before anything is written; `models`: where the
+    models that it begins with are.
+    """
     if not training.output_dir:
         raise UsageError("`output_dir` must be given")
     directory = Path(training.output_dir)
+    for name, model in models.items():
+        if model is not None and os.path.realpath(model) == os.path.realpath(directory):
+            raise UsageError(f"`output_dir` must not be the folder of `{name}`, {model}")
     keep_timeout(training)
     if _is_used(directory) and not (output.overwrite_output_dir or resumes(training)):
         raise UsageError(

@@ -93,7 +93,7 @@ def run(arguments: list[str]) -> int:
     stopping.check(training)
     with args.usage_errors("pretrain"):
         check_arguments(training)
-    check_output(training, output)
+    check_output(training, output, teacher=models.teacher, student=models.student)
     resume = checkpoint_to_resume(training)
 
     set_seed(training.seed)

@@ -1,6 +1,7 @@
 """A student of fewer layers, made from a fine-tuned teacher."""
 
 import copy
+import warnings
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,13 +41,21 @@ def student_from_teacher(
 
     stacks = _layer_stacks(teacher, total)
     given = teacher.state_dict()
-    state = student.state_dict()
+    state, used = student.state_dict(), set()
     for name, value in state.items():
-        taken = given[_source_name(name, stacks, source)]
-        # Of another shape is what looks at all layers at once, as ESM's contacts: it begins anew.
-        if taken.shape == value.shape:
+        taken = given.get(_source_name(name, stacks, source))
+        used.add(_source_name(name, stacks, source))
+        # What a layer lacks begins anew, as the first norm of ModernBERT's first layer; and of
+        # another shape is what looks at all layers at once, as ESM's contacts.
+        if taken is not None and taken.shape == value.shape:
             state[name] = taken
     student.load_state_dict(state)
+    left = [n for n in given if n not in used and _layer_of(n, stacks) in source.values()]
+    if left:
+        warnings.warn(
+            f"the student's layers have no place for {', '.join(left)} of the teacher's",
+            stacklevel=2,
+        )
     return student
 
 
@@ -65,6 +74,14 @@ def _layer_stacks(model: PreTrainedModel, num_layers: int) -> list[str]:
             f"{type(model).__name__} has {len(stacks)}; give a `student` instead"
         )
     return stacks
+
+
+def _layer_of(name: str, stacks: list[str]) -> int | None:
+    """The number of the layer that it is part of, from 1 on."""
+    for stack in stacks:
+        if name.startswith(f"{stack}."):
+            return int(name.removeprefix(f"{stack}.").split(".", 1)[0]) + 1
+    return None
 
 
 def _source_name(name: str, stacks: list[str], source: dict[int, int]) -> str:

@@ -199,6 +199,8 @@ def _check_features(model: TeacherStudent, directory: Path) -> None:
         before = getattr(saved, name)
         if name not in (*config.WEIGHTS, *_FREE) and before != now:
             raise ValueError(f"`{name}` was {before}, and is {now} now")
+        if name == "codir_weight" and (before > 0) != (now > 0):  # heads and banks come with it
+            raise ValueError(f"`{name}` was {before}, and can't become {now}")
 
 
 def _check_labels(model: TeacherStudent, state: dict[str, Tensor]) -> None:

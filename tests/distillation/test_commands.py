@@ -25,6 +25,8 @@ from codir_fast.distillation.data import (
     tokenize,
     tokenize_texts,
 )
+from codir_fast.distillation.labels import check_label_column
+from codir_fast.errors import UsageError
 
 FAST = ["--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--use_cpu"]
 
@@ -320,6 +322,33 @@ def test_words_for_nothing_are_words(tmp_path):
     read = read_file("train_file", str(path))
     assert read["text"] == ["null", "NA", None]
     assert read["label"] == ["None", "nan", "n/a"]
+
+
+@pytest.mark.parametrize("missing", ["NA", "nan", "None", "-"])
+@pytest.mark.parametrize("numbers", [["0", "1"], ["0.25", "3.5"]])
+def test_a_number_that_is_missing_is_told(missing, numbers, tmp_path):
+    """It does not make classes of all the others."""
+    path = tmp_path / "train.csv"
+    rows = "".join(f"text,{label}\n" for label in [*numbers, missing])
+    path.write_text(f"text,label\n{rows}", encoding="utf-8")
+    examples = read_file("train_file", str(path))
+    with pytest.raises(UsageError, match=rf"row 2 has ('{missing}'|none)"):
+        check_label_column(examples, "train_file")
+
+
+def test_a_flag_that_is_misspelt_is_guessed(capsys):
+    given = ["--teacher", "x", "--student_layers", "2", "--output_dir", "y"]
+    assert main(["distill", *given, "--codir_wieght", "0.1"]) == 2
+    assert "did you mean --codir_weight?" in capsys.readouterr().err
+
+
+def test_the_teacher_is_not_written_over(folder, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(folder / "teacher", teacher)
+    flags = ["--train_file", str(folder / "train.csv"), "--overwrite_output_dir", "--use_cpu"]
+    given = ["--teacher", str(teacher), "--student_layers", "1", "--output_dir", f"{teacher}/."]
+    assert main(["distill", *given, *flags]) == 2
+    assert "`output_dir` must not be the folder of `teacher`" in capsys.readouterr().err
 
 
 def test_an_interrupt_is_one_line(monkeypatch, capsys):

@@ -495,3 +495,18 @@ def test_a_term_for_each_layer_is_the_mean_of_terms_of_one_layer(settings):
         torch.testing.assert_close(layer.bank.rows, model.contrast.bank.rows)
         assert layer.bank.valid.all()
     assert found[0] > 0
+
+
+@pytest.mark.parametrize("student", [torch.float32, torch.bfloat16], ids=str)
+def test_models_in_half_precision(student):
+    """As transformers loads checkpoints that were saved so; heads and bank stay in float32."""
+    model = make().train()
+    model.teacher.to(torch.bfloat16)
+    model.student.to(student)
+    for first in (BATCH, 0):
+        outputs = model(**make_batch(first))
+        model.update_bank()
+    assert outputs["codir"] > 0 and outputs["loss"].isfinite()
+    outputs["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in model.student.bert.encoder.parameters())
+    assert model.contrast.bank.rows.dtype == torch.float32

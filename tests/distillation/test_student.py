@@ -101,6 +101,26 @@ def test_layers_keep_their_kind_of_attention():
     assert student_from_teacher(teacher, 2).config.layer_types == kinds[1::2]
 
 
+def modernbert():
+    """Whose first layer has no norm before its attention."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ModernBertConfig(**SMALL, **sizes, num_hidden_layers=4, pad_token_id=0)
+    return ModernBertForSequenceClassification(config)
+
+
+def test_what_a_layer_has_no_place_for_is_told():
+    with pytest.warns(UserWarning, match="no place for model.layers.1.attn_norm.weight of"):
+        student_from_teacher(modernbert(), 2)
+
+
+def test_what_a_layer_lacks_begins_anew():
+    teacher = modernbert()
+    student = student_from_teacher(teacher, 2, "1:1,2:1")
+    assert torch.equal(student.model.layers[1].attn_norm.weight, torch.ones(16))
+    for layer in student.model.layers:
+        assert torch.equal(layer.attn.Wqkv.weight, teacher.model.layers[0].attn.Wqkv.weight)
+
+
 def test_layers_keep_how_far_they_see():
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     config = LongformerConfig(
