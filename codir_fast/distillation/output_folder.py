@@ -2,7 +2,6 @@
 from.
 """
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,20 +38,27 @@ def check_output(
     if not training.output_dir:
         raise UsageError("`output_dir` must be given")
     directory = Path(training.output_dir)
-    for name, model in models.items():
-        if model is not None and os.path.realpath(model) == os.path.realpath(directory):
-            raise UsageError(f"`output_dir` must not be the folder of `{name}`, {model}")
     keep_timeout(training)
     if _is_used(directory) and not (output.overwrite_output_dir or resumes(training)):
         raise UsageError(
             f"`output_dir` must be empty, {directory} is not; give --overwrite_output_dir to write "
             "into it or --resume_from_checkpoint to go on"
         )
+    for name, model in models.items():
+        if model is not None and _is_same(Path(model), directory):
+            raise UsageError(f"`output_dir` must not be the folder of `{name}`, {model}")
     with telling_of_loss(training):
         wait_for_all(training)  # else another process may see what the first one writes below
         if training.should_save:
             _check_writable(directory)
         wait_for_all(training)  # the others end here where the first one may not write
+
+
+def _is_same(model: Path, directory: Path) -> bool:
+    try:
+        return model.samefile(directory)
+    except (OSError, ValueError):  # one of them is not there
+        return False
 
 
 def _is_used(directory: Path) -> bool:

@@ -222,7 +222,7 @@ def test_checkpoint_of_something_else_is_refused(folder, tmp_path):
     ("other", "message"),
     [
         ({"projection_dim": 16}, "does not fit this run"),
-        ({"codir_weight": 0.0}, "another kind of run"),
+        ({"codir_weight": 0.0}, "`codir_weight` was 0.1, and can't become 0.0"),
     ],
 )
 def test_checkpoint_of_another_configuration_is_refused(folder, tmp_path, other, message):
