@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from codir_fast.kernels import tiles
+from codir_fast.kernels import work_split
 from codir_fast.kernels.bank_contrast import bank_contrast
 from codir_fast.kernels.bank_contrast_backward import bank_contrast_backward
 from codir_fast.kernels.problem import Problem
@@ -108,7 +108,7 @@ def test_sizes(dtype, size, assert_accurate):
 @pytest.mark.parametrize("nce", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_products_over_several_chunks(dtype, nce, D, monkeypatch, assert_accurate):
-    monkeypatch.setattr(tiles, "_CHUNK_BYTES", 1)  # a block of rows is a chunk
+    monkeypatch.setattr(work_split, "_CHUNK_BYTES", 1)  # a block of rows is a chunk
     masks = MASKS if nce else ("scale",)
     size = (3, 70, D) if dtype == torch.float32 else (3, 290, D)
     check(assert_accurate, make_case(*size, dtype=dtype, masks=masks, nce=nce))
@@ -236,7 +236,7 @@ def test_rows_that_are_not_unit_vectors_do_not_vanish(masks, assert_accurate):
 
 def test_long_sums_keep_their_digits(monkeypatch):
     """Equal terms add up: rounding each sum, always the same way, would show in the loss."""
-    monkeypatch.setattr(tiles, "split", lambda B, K, *_: K)
+    monkeypatch.setattr(work_split, "split", lambda B, K, *_: K)
     case = make_case(1, 32 * 300, 1, temperature=1.0)
     case["query"], case["positive"] = torch.ones(1, 1), torch.full((1, 1), 20.0)
     case["bank"] = torch.tensor([1.0] + [-1.0] * 31).repeat(300)[:, None]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from codir_fast.kernels import in_batch_contrast as kernels
-from codir_fast.kernels import tiles
+from codir_fast.kernels import tiles, work_split
 from codir_fast.kernels.in_batch_contrast import in_batch_contrast, in_batch_contrast_backward
 
 from codir_fast import reference
@@ -131,7 +131,7 @@ def test_the_widest(symmetric):
 )
 def test_several_splits(dtype, B, D, symmetric, monkeypatch):
     """Of a tile each, and the last without a whole one; more of them than are merged at a time."""
-    monkeypatch.setattr(tiles, "split", lambda *args: args[4]["BLOCK_K"])
+    monkeypatch.setattr(work_split, "split", lambda *args: args[4]["BLOCK_K"])
     monkeypatch.setattr(
         kernels, "pair_tile", lambda BLOCK_D, _: {"BLOCK_S": 2, "BLOCK_D": BLOCK_D, "num_warps": 1}
     )
