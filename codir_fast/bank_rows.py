@@ -14,26 +14,9 @@ from codir_fast.checks import (
     is_readable,
 )
 from codir_fast.collectives import Settings
+from codir_fast.float8_rows import FLOAT8, as_bytes, quantize
 from codir_fast.ops.bank_update import bank_update
 from codir_fast.sharding import Shard, shard_of
-
-FLOAT8 = torch.float8_e4m3fn
-
-
-def _bytes(rows: Tensor) -> Tensor:
-    """float8 rows for indexing, which few devices know for their dtype; others as they are."""
-    return rows.view(torch.int8) if rows.dtype == FLOAT8 else rows
-
-
-def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (N, D) in float8 and their factors (N,), which restore the length that they had, up to
-    1e-12: it is what logits depend on most.
-    """
-    largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-12)
-    rounded = (rows * (torch.finfo(FLOAT8).max / largest)).to(FLOAT8)
-    norms = (torch.linalg.vector_norm(x, dim=1) for x in (rows, rounded.float()))
-    norm, rounded_norm = (x.clamp_min(1e-12) for x in norms)
-    return rounded, norm / rounded_norm
 
 
 def _version(tensor: Tensor) -> int:
@@ -103,8 +86,8 @@ class BankRows(nn.Module):
         """
         if not torch.compiler.is_compiling():
             return self._full and self._is_as_left()
-        # The mask of a full bank costs a CPU's kernels a hundredth, those of a GPU up to half. What
-        # is exported serves other states.
+        # The mask of a full bank costs a CPU's kernels a hundredth, those of a GPU more. What is
+        # exported serves other states.
         known = not (self.valid.is_cpu or torch.compiler.is_exporting())
         return known and self._full and self._left[0] is self.valid
 
@@ -138,7 +121,7 @@ class BankRows(nn.Module):
         is_as_left, rows = self._is_as_left(), self.rows
         super()._apply(*args, **kwargs)
         if self.rows.dtype == FLOAT8 and self.row_scale is None:
-            self.rows, self.row_scale = _quantize(rows.to(self.rows.device, torch.float32))
+            self.rows, self.row_scale = quantize(rows.to(self.rows.device, torch.float32))
         if is_as_left:  # on another device, the same
             self._mark()
         return self
@@ -214,9 +197,9 @@ class BankRows(nn.Module):
         place = torch.searchsorted(in_order, index)  # the same for the same row
         named = self._rows_at(in_order)
         bank_update(named, place, keys, momentum, self.valid[in_order], backend="auto")
-        rows, scale = _quantize(named[place])
+        rows, scale = quantize(named[place])
         # Module.half() and its kin make others of these, with the same meaning.
-        _bytes(self.rows)[index] = _bytes(rows.to(self.rows.dtype))
+        as_bytes(self.rows)[index] = as_bytes(rows.to(self.rows.dtype))
         row_scale[index] = scale.to(row_scale.dtype)
         self.valid.index_fill_(0, index, True)
 
@@ -224,7 +207,7 @@ class BankRows(nn.Module):
         """A copy of these rows; in float32, times their factors, where they are float8."""
         if self.row_scale is None:
             return self.rows[index]
-        rows = _bytes(self.rows)[index].view(self.rows.dtype)
+        rows = as_bytes(self.rows)[index].view(self.rows.dtype)
         return rows.float() * self.row_scale[index, None].float()
 
     def _find_if_full(self) -> None:
@@ -279,7 +262,7 @@ class BankRows(nn.Module):
         if rows is None or (scale is None) == (self.row_scale is None):
             return state_dict
         if scale is None:
-            rows, scale = _quantize(rows.float())
+            rows, scale = quantize(rows.float())
             return {**state_dict, f"{prefix}rows": rows, f"{prefix}row_scale": scale}
         del state_dict[f"{prefix}row_scale"]
         return {**state_dict, f"{prefix}rows": rows.float() * scale[:, None].float()}

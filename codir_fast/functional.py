@@ -57,9 +57,9 @@ def contrastive_loss(
     NCE: l_i = -log(P_i+ / (P_i+ + c + eps)) - sum_{j in A_i} log(c / (P_ij + c + eps)), with P(s) =
     e^s / Z, c = M / n for M negatives offered to each query out of n, and eps = 1e-7.
 
-    Nothing of size B x K is made (by Triton, for D too wide for one pass, a block of weights of 16
-    MiB at most), and loss and gradients come out of one pass over the negatives.
-    On a GPU products run in the dtype of `query`, float32 ones as
+    Nothing of size B x K is made (by Triton, for D too wide for one pass, a block of weights at a
+    time, of 16 MiB or of 128 negatives), and loss and gradients come out of one pass over the
+    negatives. On a GPU products run in the dtype of `query`, float32 ones as
     torch.backends.cuda.matmul.fp32_precision says, and sums in float32 (NCE over several ranks: all
     in float32). On a CPU all runs in float32, or float64 for float64 input. In-batch InfoNCE
     that gives keys a gradient takes one pass forward and one backward, for one way or both, on a

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from codir_fast.backend import resolve
-from codir_fast.bank_rows import FLOAT8
 from codir_fast.checks import (
     as_number,
     check_choice,
@@ -18,6 +17,7 @@ from codir_fast.checks import (
     check_tensor,
     is_readable,
 )
+from codir_fast.float8_rows import FLOAT8
 from codir_fast.negative_rows import RowForm, as_rows
 from codir_fast.negatives import ChosenNegatives, check_input_dtype
 from codir_fast.ops.contrast import compute_dtype

@@ -21,6 +21,7 @@ LEVELS = {
     "ops": 2,
     "sharding": 2,
     "bank_rows": 2,
+    "float8_rows": 2,
     "partial_sums": 3,
     "directions": 3,
     "functional": 3,
