@@ -116,7 +116,8 @@ limited = { $(2) timeout -k 10 $(1) $(3) & pid=$$!; \
 
 # What a run finds, written as it goes: in benchmarks/results, or where OUT is an absolute path.
 GPU_OUT = $(if $(filter /%,$(OUT)),$(OUT),$(abspath benchmarks/results)/$(or $(OUT),gpu))
-GPU_PYTEST = $(call limited,$(1),$(GPU_ENV) CODIR_FAST_GPU_TEST_LOG=$(GPU_OUT)/tests.jsonl $(4),\
+# Workers are as many as there are cores: torch.compile starts none of its own.
+GPU_PYTEST = $(call limited,$(1),$(GPU_ENV) TORCHINDUCTOR_COMPILE_THREADS=1 CODIR_FAST_GPU_TEST_LOG=$(GPU_OUT)/tests.jsonl $(4),\
   $(2) $(THEIR_PYTHON) -m pytest -q $(3)) || failed="$$failed, $(strip $(2) $(3))"
 # Seconds that a part may take, and its tests.
 gpu_part = $(call GPU_PYTEST,$(1),,$$workers $(2))
@@ -151,7 +152,7 @@ BENCH_SECONDS := $(if $(QUICK),270,480)
 # curve, each written at once. Nothing compiles any more then: what takes half a minute hangs.
 bench-gpu: gpu $(GPU_BUILD)/.installed
 	cd $(GPU_BUILD) && $(call limited,$(BENCH_SECONDS),,$(THEIR_PYTHON) -m codir_fast bench --device cuda --limit 30 \
-	  --shape $(or $(SHAPE),all) $(if $(QUICK),$(QUICK_BENCH),--sweep K --budget 0.3) --out $(GPU_OUT)) || { code=$$?; \
+	  --shape $(or $(SHAPE),all) $(if $(QUICK),$(QUICK_BENCH),--sweep K --budget 0.2) --out $(GPU_OUT)) || { code=$$?; \
 	  [ $$code -ne 124 ] || echo "bench-gpu: out of time; what was timed until then is in $(GPU_OUT)" >&2; exit $$code; }
 
 # The hand-written kernel of bank_contrast beside Triton's, on a Hopper GPU.

@@ -68,13 +68,14 @@ def backends() -> dict[str, BackendStatus]:
 
 class Rows(NamedTuple):
     """What matters of a bank's rows: their dtype (None: that of the queries), whether they come
-    with factors, whether all count alike, by InfoNCE at a temperature that is known not to be low,
-    and whether they begin where a copy engine can read.
+    with factors, whether they count otherwise than all alike by InfoNCE, whether the temperature
+    is known not to be low, and whether they begin where a copy engine can read.
     """
 
     dtype: torch.dtype | None = None
     scaled: bool = False
-    plain: bool = True
+    masked: bool = False
+    warm: bool = True
     aligned: bool = True
 
 
@@ -87,11 +88,11 @@ def rows_of(
     """`picks`: what leaves rows out, and log Z of NCE."""
     if not bank.is_cuda or torch.compiler.is_compiling():  # which can't see the rest
         return Rows(bank.dtype, scale is not None)
-    plain = all(pick is None for pick in picks) and is_readable(inv_temperature)
     return Rows(
         bank.dtype,
         scale is not None,
-        plain and inv_temperature.item() <= _LARGEST_SHOWN,
+        any(pick is not None for pick in picks),
+        is_readable(inv_temperature) and inv_temperature.item() <= _LARGEST_SHOWN,
         bank.storage_offset() * bank.element_size() % 16 == 0,
     )
 
@@ -178,13 +179,17 @@ _remembered = functools.lru_cache(maxsize=4096)(_decide)
 
 
 def _is_shown(op: str, inputs: _Inputs, rows: Rows) -> bool:
-    """Whether benchmarks/results/h200 shows the hand-written kernel of such a call right, and a
-    step with it faster than with Triton's: most of that is Python; on the device the two are
-    within 0.8 and 1.2 of each other.
+    """Whether benchmarks/results shows the hand-written kernel of such a call right and faster than
+    Triton's on an H200: masks, NCE and wide rows on the device alone (h200-backends), the others by
+    the step around it (h200), most of which is Python.
     """
-    if _compute_capability(inputs.device) != (9, 0) or inputs.dtype != torch.bfloat16:
+    if _compute_capability(inputs.device) != (9, 0):
         return False
-    return op == "masked_pool" or (rows.plain and 64 < inputs.dim <= 128)
+    is_half = inputs.dtype in _CUDA_DTYPES
+    if op == "bank_contrast" and (rows.masked or (rows.warm and inputs.dim > 256)):
+        return is_half
+    is_shown_by_step = op == "masked_pool" or (rows.warm and 64 < inputs.dim <= 128)
+    return inputs.dtype == torch.bfloat16 and is_shown_by_step
 
 
 def _why_not(op: str, backend: str, inputs: _Inputs, rows: Rows) -> str:

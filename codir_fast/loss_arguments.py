@@ -133,7 +133,10 @@ def inverse_temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
     compute = compute_dtype(query.dtype)
     if not isinstance(temperature, Tensor):
         check_temperature(temperature, dtype=compute)
-        return torch.full((), 1 / as_number(temperature), dtype=torch.float64, device="cpu")
+        # On the CPU kernels get it as a number; in a compiled graph that would be a kernel of the
+        # CPU's, which takes a C++ compiler and forbids CUDA graphs.
+        device = query.device if torch.compiler.is_compiling() else torch.device("cpu")
+        return torch.full((), 1 / as_number(temperature), dtype=torch.float64, device=device)
     check_tensor("temperature", temperature)
     if temperature.ndim != 0:
         raise ValueError(f"`temperature` must be 0-d, got shape {tuple(temperature.shape)}")

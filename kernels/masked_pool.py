@@ -66,20 +66,37 @@ def _mean(
     HAS_MASK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_SCAN: tl.constexpr,
 ):
-    # First the whole mask: what the loop reads of it is near by then, and no step waits long before
-    # its tokens are under way.
-    count = count_tokens(mask_ptr, T, stride_mt, HAS_MASK, BLOCK_SCAN)
+    t = tl.arange(0, BLOCK_T)
     # One sum per slot of the tile: no exchange between threads before the end, and sums of long
     # texts lose no digits.
     total = tl.zeros((BLOCK_T, BLOCK_H), ACC)
-    for t0 in tl.range(0, T, BLOCK_T, loop_unroll_factor=4):
-        t = t0 + tl.arange(0, BLOCK_T)
-        real = real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK)
-        rows = state_ptrs[None, :] + t.to(tl.int64)[:, None] * stride_t
-        total += tl.load(rows, mask=real[:, None] & inside[None, :], other=0.0).to(ACC)
-    return tl.sum(total, 0) / tl.maximum(count, 1).to(ACC)
+    count = tl.zeros((BLOCK_T,), tl.int32)
+    # Tokens of four tiles are under way at a time, and the mask of the next four: no load waits for
+    # its mask while others could begin.
+    a, b, c, d = _four_masks(mask_ptr, t, T, stride_mt, HAS_MASK, BLOCK_T)
+    for t0 in tl.range(0, T, 4 * BLOCK_T):
+        rows = state_ptrs[None, :] + (t0 + t).to(tl.int64)[:, None] * stride_t
+        step = tl.full((), BLOCK_T, tl.int64) * stride_t
+        of_a = tl.load(rows, mask=a[:, None] & inside[None, :], other=0.0)
+        of_b = tl.load(rows + step, mask=b[:, None] & inside[None, :], other=0.0)
+        of_c = tl.load(rows + 2 * step, mask=c[:, None] & inside[None, :], other=0.0)
+        of_d = tl.load(rows + 3 * step, mask=d[:, None] & inside[None, :], other=0.0)
+        count += a.to(tl.int32) + b.to(tl.int32) + c.to(tl.int32) + d.to(tl.int32)
+        next_t = t0 + 4 * BLOCK_T + t
+        a, b, c, d = _four_masks(mask_ptr, next_t, T, stride_mt, HAS_MASK, BLOCK_T)
+        total += of_a.to(ACC) + of_b.to(ACC) + (of_c.to(ACC) + of_d.to(ACC))
+    return tl.sum(total, 0) / tl.maximum(tl.sum(count), 1).to(ACC)
+
+
+@triton.jit
+def _four_masks(mask_ptr, t, T, stride_mt, HAS_MASK: tl.constexpr, BLOCK_T: tl.constexpr):
+    return (
+        real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK),
+        real_tokens(mask_ptr, t + BLOCK_T, T, stride_mt, HAS_MASK),
+        real_tokens(mask_ptr, t + 2 * BLOCK_T, T, stride_mt, HAS_MASK),
+        real_tokens(mask_ptr, t + 3 * BLOCK_T, T, stride_mt, HAS_MASK),
+    )
 
 
 @triton.jit
@@ -164,17 +181,7 @@ def masked_pool_kernel(
     out = (b * tl.num_programs(1) + layer) * H + h
     if MODE == "mean":
         value = _mean(
-            state_ptrs,
-            inside,
-            mask_ptr,
-            T,
-            stride_t,
-            stride_mt,
-            ACC,
-            HAS_MASK,
-            BLOCK_T,
-            BLOCK_H,
-            BLOCK_SCAN,
+            state_ptrs, inside, mask_ptr, T, stride_t, stride_mt, ACC, HAS_MASK, BLOCK_T, BLOCK_H
         )
     elif MODE == "max":
         value, token = _max(

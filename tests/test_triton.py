@@ -158,14 +158,14 @@ def test_in_batch_contrast(arch, D):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_masked_pool(arch):
-    """In 16-byte accesses, with room for at least four programs of 128 threads on a multiprocessor;
-    more layers are no more registers.
+    """In 16-byte accesses, with room for twelve programs of a warp on a multiprocessor; more layers
+    are no more registers.
     """
     from codir_fast.kernels import variants
 
     for mode, dtype, L in (("mean", HALF, 25), ("max", torch.float16, 6), ("last", FLOAT, 1)):
         forward, backward = (build(v) for v in variants.pool(arch, dtype, mode, torch.int64, L))
-        assert max(forward.registers, backward.registers) <= 128
+        assert max(forward.registers, backward.registers) <= 168
         assert backward.sass.count("STG.E.128") > 0
         assert mode == "last" or forward.sass.count("LDG.E.128") > 0
 

@@ -60,9 +60,9 @@ def assert_right(inputs, labels, symmetric, normalize=True):
     given = (inputs, labels, symmetric, upstream)
     exact = dense(*given, torch.float64, normalize)
     eager = dense(*given, dtype, normalize) if normalize else exact
-    lengths = [float(x.norm(dim=1).max()) for x in inputs[:2]]
+    lengths = [float(x.detach().norm(dim=1).max()) for x in inputs[:2]]
     longest = 1.0 if normalize else lengths[0] * lengths[1]
-    logit = float(inputs[2]) * longest
+    logit = float(inputs[2].detach()) * longest
     rounding = 4 * torch.finfo(dtype).eps + 8 * logit * torch.finfo(torch.float32).eps
     # Each query's part of the gradient to 1/t is at most twice what comes in, times its rows.
     floors = [0, 0, 0, float(upstream.norm()) * longest]
