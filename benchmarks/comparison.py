@@ -2,6 +2,8 @@
 with the ceilings of the machine.
 """
 
+import os
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -78,8 +80,11 @@ def _try(peer: Peer, inputs: Inputs, row: report.Row, where: Where) -> Run | Non
 def failure(error: Exception) -> report.Row:
     """What a row says of a peer that failed, with the end of the traceback."""
     first = (str(error).splitlines() or [""])[0][:120]
-    text = "".join(traceback.format_exception(error))[-_TRACEBACK:]
-    return {"refused": f"failed: {type(error).__name__}: {first}", "traceback": text}
+    text = "".join(traceback.format_exception(error))
+    for folder in sorted(map(os.path.abspath, sys.path), key=len, reverse=True):
+        text = text.replace(f'"{folder}{os.sep}', '"')  # results are read on other machines
+    refused = f"failed: {type(error).__name__}: {first}"
+    return {"refused": refused, "traceback": text[-_TRACEBACK:]}
 
 
 def _right(peer: Peer, inputs: Inputs, row: report.Row, where: Where) -> Run | None:

@@ -181,15 +181,14 @@ _remembered = functools.lru_cache(maxsize=4096)(_decide)
 def _is_shown(op: str, inputs: _Inputs, rows: Rows) -> bool:
     """Whether benchmarks/results shows the hand-written kernel of such a call right and faster than
     Triton's on an H200: masks, NCE and wide rows on the device alone (h200-backends), the others by
-    the step around it (h200), most of which is Python.
+    the step around it (h200), most of which is Python; on the device they are within 0.8 and 1.2.
     """
-    if _compute_capability(inputs.device) != (9, 0):
+    if _compute_capability(inputs.device) != (9, 0) or inputs.dtype not in _CUDA_DTYPES:
         return False
-    is_half = inputs.dtype in _CUDA_DTYPES
-    if op == "bank_contrast" and (rows.masked or (rows.warm and inputs.dim > 256)):
-        return is_half
-    is_shown_by_step = op == "masked_pool" or (rows.warm and 64 < inputs.dim <= 128)
-    return inputs.dtype == torch.bfloat16 and is_shown_by_step
+    is_bfloat16 = inputs.dtype == torch.bfloat16
+    if op == "masked_pool":
+        return is_bfloat16
+    return rows.masked or (rows.warm and (is_bfloat16 or inputs.dim > 256))
 
 
 def _why_not(op: str, backend: str, inputs: _Inputs, rows: Rows) -> str:

@@ -62,13 +62,15 @@ const char* encode(const MatrixMap& map, DType dtype, TensorMap* out) {
   const cuuint32_t box[] = {static_cast<cuuint32_t>(map.box_columns),
                             static_cast<cuuint32_t>(map.box_rows)};
   const cuuint32_t steps[] = {1, 1};
-  const CUresult result =
-      encode_tiled(out,
-                   dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                   2, const_cast<void*>(map.data), sizes, strides, box, steps,
-                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  // Rows of two boxes: asked for 256 bytes at a time, as wider ones are, L2 is 4% slower.
+  const auto promotion =
+      map.columns <= 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B : CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+  const CUresult result = encode_tiled(out,
+                                       dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                                       2, const_cast<void*>(map.data), sizes, strides, box, steps,
+                                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                       promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "the driver refused a tensor map";
 }
 

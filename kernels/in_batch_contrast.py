@@ -131,8 +131,8 @@ def in_batch_contrast(
     its positive among the other queries.
 
     Products run in the dtype of the query, as bank_contrast's; sums in float32, the end of each
-    pair in float64. Run by the interpreter and compiled for sm_80 to sm_120; on a GPU not seen
-    yet.
+    pair in float64. Seen right on an H200; for other GPUs compiled only, and run by the
+    interpreter.
 
     Args:
         query, positive: (B, D), float32, bfloat16 or float16, D up to 4096.

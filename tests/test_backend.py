@@ -119,15 +119,33 @@ def test_auto_on_a_gpu(op, gpu, monkeypatch):
 @pytest.mark.parametrize(
     ("like", "rows"),
     [
-        (replace(HALF, shape=(2, 64)), Rows()),
-        (replace(HALF, shape=(2, 256)), Rows()),
-        (replace(HALF, shape=(2, 128)), Rows(plain=False)),
-        (replace(HALF, shape=(2, 128), dtype=torch.float16), Rows()),
+        (replace(HALF, shape=(2, 128)), Rows(warm=False)),
+        (replace(HALF, shape=(2, 512)), Rows(warm=False)),
+        (replace(HALF, shape=(2, 256), dtype=torch.float16), Rows()),
     ],
 )
 def test_auto_takes_triton_where_no_result_shows_the_hand_written_kernel_faster(like, rows, gpu):
     assert backend.resolve("bank_contrast", "auto", like, rows) == "triton"
     assert backend.resolve("bank_contrast", "cuda", like, rows) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "D", "rows"),
+    [
+        (torch.bfloat16, 8, Rows()),
+        (torch.bfloat16, 256, Rows()),
+        (torch.float16, 512, Rows()),
+        (torch.float16, 64, Rows(masked=True)),
+        (torch.bfloat16, 128, Rows(masked=True, warm=False)),
+    ],
+)
+def test_auto_takes_the_hand_written_kernel_where_a_result_shows_it_faster(
+    dtype, D, rows, gpu, monkeypatch
+):
+    like = replace(HALF, shape=(2, D), dtype=dtype)
+    assert backend.resolve("bank_contrast", "auto", like, rows) == "cuda"
+    set_capability(monkeypatch, 8, 0)
+    assert backend.resolve("bank_contrast", "auto", like, rows) == "triton"
 
 
 @dataclass
@@ -149,10 +167,10 @@ def test_what_is_told_of_rows():
     warm, cold, label = torch.tensor(1 / 0.07), torch.tensor(1 / 0.02), torch.zeros(3)
     of = backend.rows_of
     assert of(Bank(), None, warm) == Rows(torch.bfloat16)
-    assert of(Bank(), None, warm, None, None).plain
-    assert not of(Bank(), None, warm, None, label).plain
-    assert not of(Bank(), None, cold).plain
-    assert not of(Bank(), None, torch.empty((), device="meta")).plain  # as on a device: not known
+    assert not of(Bank(), None, warm, None, None).masked
+    assert of(Bank(), None, warm, None, label).masked
+    assert not of(Bank(), None, cold).warm
+    assert not of(Bank(), None, torch.empty((), device="meta")).warm  # as on a device: not known
     assert of(Bank(), label, warm).scaled
     assert of(Bank(offset=8), None, warm).aligned and not of(Bank(offset=1), None, warm).aligned
 

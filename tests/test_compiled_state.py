@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from codir_fast import ContrastiveLoss, IndexedBank, MemoryQueue
 from codir_fast.functional import contrastive_loss
+from codir_fast.loss_arguments import inverse_temperature
 
 B, K, D = 6, 20, 16
 
@@ -174,3 +175,20 @@ def test_a_transposed_query_is_compiled():
             return contrastive_loss(q.T, p, bank, backend="torch", **options)
 
         torch.testing.assert_close(torch.compile(loss)(q), loss(q))
+
+
+def test_a_compiled_graph_has_no_kernel_of_another_device():
+    """1/t of a number lies where the query is: made on the CPU beside a GPU, it would need a C++
+    compiler and forbid CUDA graphs.
+    """
+    query = torch.empty(B, D, device="meta")
+    devices = []
+
+    def record(graph, inputs):
+        nodes = (node for node in graph.graph.nodes if node.target is torch.full)
+        devices.extend(node.meta["example_value"].device.type for node in nodes)
+        return graph
+
+    torch.compile(lambda q: inverse_temperature(0.07, q) * q, fullgraph=True, backend=record)(query)
+    assert devices == ["meta"]
+    assert inverse_temperature(0.07, query).device.type == "cpu"  # kernels get it as a number
