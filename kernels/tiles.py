@@ -37,6 +37,9 @@ MASKED_POOL: dict[int, dict[torch.dtype, PoolTile]] = {
         torch.float64: PoolTile(8, 32, 128, 1),
     },
 }
+MASKED_POOL[120] = MASKED_POOL[80] | {  # where 64 bytes spill
+    torch.float32: PoolTile(8, 32, 128, 1),
+}
 
 
 class ContrastTile(NamedTuple):
