@@ -33,7 +33,8 @@ class MemoryQueue(BankRows):
         dtype: of the rows; default torch's default dtype. Half precision halves the memory,
             torch.float8_e4m3fn takes a quarter: its rows have a float32 factor each, gradients are
             right to about 1 % of their largest element at a temperature of 0.07, which must not be
-            lower. The Triton kernels take it on sm_89 and newer; elsewhere backend "torch" runs.
+            lower. The Triton kernels take it on sm_89 and newer; elsewhere backend "torch" runs. On
+            an H200 4,096 queries take 3 times as long as with bfloat16 rows, few take as long.
         with_labels: keep an int64 label per row, to leave out negatives of the query's own class.
         process_group: ranks of torch.distributed that share the rows; see codir_fast.distributed.
             Default: this process has them all.
