@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from codir_fast import _C
-from codir_fast.checks import check_choice, is_readable
+from codir_fast.checks import check_choice, has_values, is_readable
 
 OPS = ("masked_pool", "bank_contrast", "indexed_contrast", "bank_update")
 NAMES = ("torch", "cpu", "triton", "cuda")
@@ -93,8 +93,18 @@ def rows_of(
         scale is not None,
         any(pick is not None for pick in picks),
         is_readable(inv_temperature) and inv_temperature.item() <= _LARGEST_SHOWN,
-        bank.storage_offset() * bank.element_size() % 16 == 0,
+        _address(bank) % 16 == 0,
     )
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where it begins; where that can't be known, counted from its allocation, which begins at more
+    than the copy engine asks for.
+    """
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if is_wrapped or not has_values(tensor):
+        return tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr()
 
 
 def resolve(op: str, backend: str, tensor: torch.Tensor, rows: Rows = Rows()) -> str:  # noqa: B008 (immutable)
@@ -120,7 +130,7 @@ def runs_triton(backend: str, tensor: torch.Tensor) -> bool:
     if tensor.device.type != "cuda":
         return False
     name = resolve("bank_contrast", backend, tensor)
-    return name == "triton" or (name == "cuda" and _has_triton())
+    return name == "triton" or (name == "cuda" and has_triton())
 
 
 def in_batch_backend(backend: str, tensor: torch.Tensor, symmetric: bool) -> str | None:
@@ -128,7 +138,7 @@ def in_batch_backend(backend: str, tensor: torch.Tensor, symmetric: bool) -> str
     direction serves better, or the backend has no more than that.
     """
     name = resolve("bank_contrast", backend, tensor)
-    if name == "cuda" and backend == "auto" and _has_triton():
+    if name == "cuda" and backend == "auto" and has_triton():
         name = "triton"
     if "in_batch_contrast" not in _OPS_OF[name]:
         return None
@@ -216,7 +226,7 @@ def _why_not(op: str, backend: str, inputs: _Inputs, rows: Rows) -> str:
         return ""
     if backend == "torch":
         return ""
-    if backend == "triton" and _has_triton() and _triton_interprets():
+    if backend == "triton" and has_triton() and _triton_interprets():
         return ""
     reason = _what_is_missing(backend) or _why_no_gpu()
     if reason:
@@ -255,7 +265,7 @@ def _availability(backend: str) -> tuple[bool, str]:
         return True, "PyTorch on any device"
     if backend == "cpu":
         return True, f"C++, {_C.cpu_isa()} code in use"
-    if backend == "triton" and _has_triton() and _triton_interprets():
+    if backend == "triton" and has_triton() and _triton_interprets():
         return True, "Triton's interpreter (TRITON_INTERPRET=1): slow, for tests"
     reason = _what_is_missing(backend) or _why_no_gpu()
     if reason:
@@ -276,9 +286,7 @@ def _what_is_missing(backend: str) -> str:
         return (
             "this build of codir_fast has no CUDA part: made without nvcc or with CODIR_FAST_CUDA=0"
         )
-    return (
-        "the triton package is not installed" if backend == "triton" and not _has_triton() else ""
-    )
+    return "the triton package is not installed" if backend == "triton" and not has_triton() else ""
 
 
 # What is asked at each call of a loss is asked of the driver once.
@@ -288,7 +296,7 @@ def _built_with_cuda() -> bool:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 

@@ -52,6 +52,8 @@ def arrange(
     several_times = symmetric or (in_batch and not scales_keys)
     raw = dtype != wide or (normalize and not (several_times or is_split_nce))
     q, p = (query, positive_key) if raw else prepare(query, positive_key, normalize, backend)
+    if p.dtype != q.dtype:  # kernels take one dtype, or a positive in float32
+        p = p.to(wide)
     by_operator = normalize and raw
     serve = partial(as_rows, form=RowForm(by_operator, dtype, backend))  # as negatives in-batch
     inv_temperature = inverse_temperature(temperature, query)

@@ -30,8 +30,10 @@ from torch import Tensor
 
 # Of logits of unit rows, in units of log 2: terms e^{s - 1/t} down to e^{-2/t} are normal numbers.
 MAX_FIXED_SHIFT = tl.constexpr(62.5)
-# Of terms under the fixed shift; below, they may have lost digits to underflow.
+# Of terms under the fixed shift; below, they may have lost digits to underflow, and above, the sum
+# of their rows may overflow: elements up to 2^27 fit.
 SMALLEST_TOTAL = tl.constexpr(2.0**-100)
+LARGEST_TOTAL = tl.constexpr(2.0**100)
 
 
 @triton.jit
@@ -211,7 +213,7 @@ def bank_contrast_kernel(
             BLOCK_K,
             BLOCK_D,
         )
-        overflow = tl.max(tl.where(total < float("inf"), 0, 1), 0) > 0  # NaN is not below it
+        overflow = tl.max(tl.where(total < LARGEST_TOTAL, 0, 1), 0) > 0  # NaN is not below it
         follow = overflow | (not fits)
         if not NCE:
             # Terms that vanish, or lost digits: not where nothing was allowed.

@@ -48,7 +48,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     set_capability(monkeypatch, 9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(backend, "has_triton", lambda: True)
     monkeypatch.setattr(backend, "_built_with_cuda", lambda: True)
 
 
@@ -89,7 +89,7 @@ def test_who_fuses_in_batch_losses_on_a_gpu(gpu, monkeypatch):
     for other in (replace(few, dtype=torch.float64), replace(few, shape=(2, 5000))):
         assert backend.in_batch_backend("auto", other, True) is None
     backend._remembered.cache_clear()
-    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
     assert backend.in_batch_backend("auto", few, True) is None
 
 
@@ -112,7 +112,7 @@ def test_auto_on_a_gpu(op, gpu, monkeypatch):
     assert backend.resolve(op, "auto", shown) == "triton"
     set_capability(monkeypatch, 7, 5)
     assert backend.resolve(op, "auto", CUDA) == "torch"
-    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
     assert backend.resolve(op, "auto", CUDA) == "torch"
 
 
@@ -148,31 +148,31 @@ def test_auto_takes_the_hand_written_kernel_where_a_result_shows_it_faster(
     assert backend.resolve("bank_contrast", "auto", like, rows) == "triton"
 
 
-@dataclass
-class Bank:
-    """A bank on a GPU that need not be there."""
+class OnGpu(torch.Tensor):
+    """As on a GPU that need not be there."""
 
-    is_cuda: bool = True
-    dtype: torch.dtype = torch.bfloat16
-    offset: int = 0
+    is_cuda = True
 
-    def storage_offset(self):
-        return self.offset
 
-    def element_size(self):
-        return 2
+def make_bank(offset=0):
+    """Rows that begin so many elements after a multiple of 16 bytes."""
+    return torch.zeros(64, dtype=torch.bfloat16)[offset:].as_subclass(OnGpu)
 
 
 def test_what_is_told_of_rows():
     warm, cold, label = torch.tensor(1 / 0.07), torch.tensor(1 / 0.02), torch.zeros(3)
     of = backend.rows_of
-    assert of(Bank(), None, warm) == Rows(torch.bfloat16)
-    assert not of(Bank(), None, warm, None, None).masked
-    assert of(Bank(), None, warm, None, label).masked
-    assert not of(Bank(), None, cold).warm
-    assert not of(Bank(), None, torch.empty((), device="meta")).warm  # as on a device: not known
-    assert of(Bank(), label, warm).scaled
-    assert of(Bank(offset=8), None, warm).aligned and not of(Bank(offset=1), None, warm).aligned
+    bank = make_bank()
+    assert of(bank, None, warm) == Rows(torch.bfloat16)
+    assert not of(bank, None, warm, None, None).masked
+    assert of(bank, None, warm, None, label).masked
+    assert not of(bank, None, cold).warm
+    assert not of(bank, None, torch.empty((), device="meta")).warm  # as on a device: not known
+    assert of(bank, label, warm).scaled
+    assert of(make_bank(8), None, warm).aligned and not of(make_bank(1), None, warm).aligned
+    # An allocation of others' may begin anywhere.
+    foreign = torch.frombuffer(bytearray(64), dtype=torch.bfloat16, offset=2).as_subclass(OnGpu)
+    assert of(foreign, None, warm).aligned == (foreign.data_ptr() % 16 == 0)
 
 
 def test_the_table_names_what_exists():
@@ -260,9 +260,9 @@ def test_triton_says_what_is_missing(monkeypatch):
         codir_fast.pool_hidden_states(torch.ones(1, 2, 3), backend="triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     set_capability(monkeypatch, 7, 5)
-    monkeypatch.setattr(backend, "_has_triton", lambda: True)
+    monkeypatch.setattr(backend, "has_triton", lambda: True)
     assert "sm_75, the kernels need sm_80 or newer" in backend.backends()["triton"].reason
-    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
     assert "not installed" in backend.backends()["triton"].reason
 
 
@@ -287,7 +287,7 @@ def test_triton_beside_a_backend(gpu, monkeypatch):
         ("auto", CPU, False),
     ):
         assert backend.runs_triton(name, tensor) == expected, (name, tensor)
-    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
     forget()
     assert backend.resolve("bank_contrast", "auto", shown) == "cuda"
     assert not backend.runs_triton("auto", shown) and not backend.runs_triton("auto", CUDA)

@@ -406,3 +406,17 @@ def test_peak_memory(backend, bank_dtype):
     assert len(dense) == 2 and all(peak - outputs < 4 * 1024 for peak in dense), f"{peaks} KiB"
     assert len(by_index) == (2 if backend == "cpu" else 0)
     assert all(peak < 2 * 1024 for peak in by_index), f"{peaks} KiB"
+
+
+@pytest.mark.parametrize("has_triton", [False, True])
+def test_gradient_of_the_bank_beside_the_hand_written_kernel(has_triton, monkeypatch):
+    """It is Triton's, or PyTorch's where Triton is not installed."""
+    monkeypatch.setattr(module, "has_triton", lambda: has_triton)
+    monkeypatch.setattr(module, "_triton_backward", lambda *inputs: "triton")
+    q, bank, lse = torch.randn(3, 8), torch.randn(7, 8), torch.full((3,), 9.0, dtype=torch.float64)
+    given = (torch.randn(3), q, bank, torch.tensor(1.0), lse)
+    found = module._cuda_backward(*given)
+    if has_triton:
+        assert found == "triton"
+    else:
+        torch.testing.assert_close(found, overload("bank_contrast_backward")(*given))

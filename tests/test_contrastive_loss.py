@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 import codir_fast
-from codir_fast import reference
+from codir_fast import directions, reference
 from codir_fast.functional import contrastive_loss
 
 BACKENDS = ("cpu", "torch")
+HALF = torch.bfloat16
 B, K, D, T = 6, 40, 9, 0.2
 
 
@@ -600,3 +601,14 @@ def test_numbers_of_numpy():
     learnt = codir_fast.ContrastiveLoss(t, learnable_temperature=True)
     torch.testing.assert_close(learnt.temperature.item(), 0.25)
     assert codir_fast.ProjectionHead(np.int64(8), np.int64(3))(q).shape == (4, 3)
+
+
+def test_a_positive_of_another_half_type_is_widened(monkeypatch):
+    """As under autocast; the kernels of GPUs take the query's dtype, or float32."""
+    monkeypatch.setattr(directions, "product_dtype", lambda query, backend: query.dtype)
+    vectors = [torch.randn(n, D) for n in (B, B, K)]
+    vectors = [x.to(y) for x, y in zip(vectors, (HALF, torch.float16, HALF), strict=True)]
+    (way,), _ = directions.arrange(vectors, 0.07, False, False, "auto", (None,) * 4, None, False)
+    query, positive, _ = way
+    assert (query.dtype, positive.dtype) == (HALF, torch.float32)
+    assert torch.equal(positive, vectors[1].float())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from codir_fast.backend import resolve, rows_of
+from codir_fast.backend import has_triton, resolve, rows_of
 from codir_fast.ops import registration
 from codir_fast.ops.contrast import (
     Outputs,
@@ -174,14 +174,19 @@ def _triton_backward(*inputs: Any) -> Tensor:
     return kernel.bank_contrast_backward(*inputs)
 
 
+def _cuda_backward(*inputs: Any) -> Tensor:
+    """Triton's kernel, or PyTorch's operators where Triton is not installed."""
+    return _triton_backward(*inputs) if has_triton() else _torch_backward(*inputs)
+
+
 for _name, _forward, _backward in (
     ("torch", _torch, _torch_backward),
     ("triton", _triton, _triton_backward),
 ):
     registration.add_python_backend("bank_contrast", _name, _forward)
     registration.add_python_backend("bank_contrast_backward", _name, _backward)
-# "cuda" has no kernel of its own for the gradient to the bank: Triton's does it.
-registration.implement("bank_contrast_backward", "CUDA", _triton_backward)
+# "cuda" has no kernel of its own for the gradient to the bank.
+registration.implement("bank_contrast_backward", "CUDA", _cuda_backward)
 _FORWARD = {
     name: add_contrast_backend("bank_contrast", name) for name in ("cpu", "torch", "triton")
 }

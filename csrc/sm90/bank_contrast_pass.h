@@ -37,7 +37,7 @@ CODIR_FAST_DEVICE bool has_bad_sums(const PassArguments& a, const Item& item) {
     const int query = item.row_tile * a.plan.block_b + r;
     if (query >= a.plan.B) continue;
     const float total = a.total[std::int64_t{item.split} * a.plan.B + query];
-    bad |= !(total >= kSmallestTotal && total < -kMinusInfinity);
+    bad |= !(total >= kSmallestTotal && total < kLargestTotal);
   }
   return sync_block_or(bad);
 }

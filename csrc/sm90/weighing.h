@@ -23,8 +23,10 @@ CODIR_FAST_DEVICE double load_scalar(const Scalar& s) {
 
 // 1/t in units of log 2: e^{-2/t} is still a normal number, t >= 0.0231.
 constexpr float kMaxFixedShift = 62.5f;
-// Of weights under the fixed shift; below, they may have lost digits to underflow.
+// Of weights under the fixed shift; below, they may have lost digits to underflow, and above, the
+// sum of their rows may overflow: elements up to 2^27 fit.
 constexpr float kSmallestTotal = 0x1p-100f;
+constexpr float kLargestTotal = 0x1p100f;
 // A maximum that grew by no more than this, in units of log 2, stays: weights up to 2^8 fit every
 // type, and sums are seldom rescaled.
 constexpr float kSlack = 8.0f;

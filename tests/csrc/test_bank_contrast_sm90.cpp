@@ -236,6 +236,7 @@ struct Case {
   bool opposed = false;  // the bank and positives lie on the other side of the queries
   int multiprocessors = 3;
   bool eager = false;
+  double peak = 0;  // not 0: a logit far above all others, of a row whose next element is 8
 };
 
 // Inputs in the type of the kernel, and as double.
@@ -272,6 +273,16 @@ struct Problem {
     const double side = c.opposed ? -1 : 1;
     fill(c.B, c.normalize ? 0.2 : side * c.bank_norm, &positive, &positive_value);
     fill(c.K, side * c.bank_norm, &bank, &bank_value);
+    if (c.peak != 0) {
+      const auto set = [&](int n, double value, std::vector<std::uint16_t>* bits,
+                           std::vector<double>* values) {
+        (*bits)[n] = to_bits(static_cast<float>(value));
+        (*values)[n] = value;
+      };
+      for (int n = 0; n < c.B * c.D; ++n) set(n, n % c.D == 0, &query, &query_value);
+      for (int n = 0; n < c.K * c.D; ++n)
+        set(n, n == 0 ? c.peak : n == 1 ? 8 : 0, &bank, &bank_value);
+    }
     for (const double x : positive_value) positive_float.push_back(static_cast<float>(x));
     // Labels that agree in their lower or upper halves.
     const std::int64_t names[] = {7, 7 + (std::int64_t{1} << 32), 8, 0};
@@ -519,6 +530,13 @@ int main() {
     cases.push_back(c);
     c.opposed = true;  // or vanish
     cases.push_back(c);
+    for (const double peak : {69.0, 80.0, 87.0, 88.0, 89.0}) {  // or fit, and their rows overflow
+      Case alone{2, 70, 72, dtype, 1.0};
+      alone.peak = peak;
+      cases.push_back(alone);
+      alone.D = 264;
+      cases.push_back(alone);
+    }
     c.opposed = false, c.bank_norm = 1, c.multiprocessors = 1;  // many items a block
     cases.push_back(c);
     c.B = 500, c.labels = true, c.multiprocessors = 2;

@@ -220,6 +220,16 @@ def test_rows_that_are_not_unit_vectors_do_not_overflow(assert_accurate):
     assert all(result.isfinite().all() for result in check(assert_accurate, case))
 
 
+@pytest.mark.parametrize("peak", [69.0, 87.0, 88.0, 89.0])
+def test_sums_of_rows_do_not_overflow_before_the_weights_do(peak, assert_accurate):
+    """Of a row whose other elements are not small."""
+    case = make_case(2, 70, 9, temperature=1.0)
+    case["query"] = torch.eye(9)[:1].repeat(2, 1)
+    case["bank"] = torch.zeros(70, 9)
+    case["bank"][0, :2] = torch.tensor([peak, 8.0])
+    assert all(result.isfinite().all() for result in check(assert_accurate, case))
+
+
 @pytest.mark.parametrize("masks", [(), ("labels", "exclude", "valid")])
 def test_rows_that_are_not_unit_vectors_do_not_vanish(masks, assert_accurate):
     """All logits lie so far below the fixed shift that its weights are 0: the positive's too, so
