@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +34,17 @@ def measure_shape(
     where: Where = Where(),  # noqa: B008 (immutable)
 ) -> tuple[Rows, dict[str, float]]:
     """A row for each peer, and the ceilings of this run. A peer that fails or is wrong has the
-    reason in its row. `begin` is told which peer (or CEILINGS) is up, before it runs.
+    reason in its row, and all of them where there is no memory for the inputs. `begin` is told
+    which peer (or CEILINGS) is up, before it runs.
 
     Raises:
         RuntimeError: the GPU takes no more work, after what the peer that is up did.
     """
-    inputs = make_inputs(shape, where.device, where.dtype)
+    try:
+        inputs = make_inputs(shape, where.device, where.dtype)
+    except (RuntimeError, MemoryError) as error:
+        measure.wait(where.device)
+        return [empty_row(shape, peer) | failure(error) for peer in peers], {}
     rows: Rows = []
     quick: list[tuple[report.Row, Run]] = []
     for peer in peers:
@@ -81,8 +87,9 @@ def failure(error: Exception) -> report.Row:
     """What a row says of a peer that failed, with the end of the traceback."""
     first = (str(error).splitlines() or [""])[0][:120]
     text = "".join(traceback.format_exception(error))
-    for folder in sorted(map(os.path.abspath, sys.path), key=len, reverse=True):
-        text = text.replace(f'"{folder}{os.sep}', '"')  # results are read on other machines
+    folders = {os.path.abspath(path) for path in sys.path} | {str(Path(__file__).parents[1])}
+    for folder in sorted(folders, key=len, reverse=True):  # results are read on other machines
+        text = text.replace(f'"{folder}{os.sep}', '"')
     refused = f"failed: {type(error).__name__}: {first}"
     return {"refused": refused, "traceback": text[-_TRACEBACK:]}
 

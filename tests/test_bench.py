@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +80,22 @@ def test_what_does_not_fit_or_is_missing_is_listed_with_the_reason():
     assert rows[2]["refused"].startswith("needs ") and rows[2]["refused"].endswith("GiB")
     assert rows[0]["ratio"] == 1 and rows[0]["share_of_ceiling"] > 0 and "median" not in rows[1]
     assert ceilings["product_flops"] > 1e8 and ceilings["copy_bytes_per_second"] > 1e8
+
+
+def test_a_shape_whose_inputs_do_not_fit_leaves_the_others(tmp_path, capsys):
+    arguments = ["--shape", "99999999,99999999,999", "2,9,4", "--peers", "eager"]
+    assert main(["bench", *arguments, "--budget", "0.01", "--out", str(tmp_path)]) == 1
+    assert "codir_fast at 99999999x99999999x999" in capsys.readouterr().err
+    large, small = results_of(tmp_path)[:2], results_of(tmp_path)[2:]
+    assert all(row["refused"].startswith("failed: RuntimeError: ") for row in large)
+    assert all(row["median"] > 0 for row in small)
+    here = str(Path(comparison.__file__).parent.parent)
+    assert here not in large[0]["traceback"]  # results are read on other machines
+    assert "make_inputs" in large[0]["traceback"]
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())["shapes"]
 
 
 def test_a_peer_that_fails_is_listed_with_what_it_raised():
