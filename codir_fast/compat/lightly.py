@@ -77,6 +77,8 @@ class NTXentLoss(nn.Module):
                 f"`out0` must have shape (B, D) with D={bank.dim}, the width of the bank, "
                 f"got {tuple(out0.shape)}"
             )
+        if bank.rows.dtype == torch.float64 != out0.dtype:
+            raise ValueError(f"`out0` must be float64, as the bank is, got {out0.dtype}")
         loss = contrastive_loss(out0, out1, bank, temperature=self.temperature)
         if out0.requires_grad:
             bank.enqueue(out1[: bank.rows.shape[0] - int(bank.position)])

@@ -145,6 +145,13 @@ def test_views_of_another_width_than_the_bank():
         NTXentLoss(memory_bank_size=(20, D))(torch.ones(B, 8), torch.ones(B, 8))
 
 
+def test_views_of_less_precision_than_the_bank():
+    loss_fn = NTXentLoss(memory_bank_size=(5, 4)).double()
+    with pytest.raises(ValueError, match="`out0` must be float64, as the bank is, got torch.float"):
+        loss_fn(torch.randn(2, 4), torch.randn(2, 4))
+    assert loss_fn(*torch.randn(2, 2, 4, dtype=torch.float64)).dtype == torch.float64
+
+
 def test_refusals():
     with pytest.raises(NotImplementedError, match="`gather_distributed=True` is not supported"):
         NTXentLoss(gather_distributed=True)
