@@ -103,7 +103,7 @@ def _address(tensor: torch.Tensor) -> int:
     """
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     if is_wrapped or not has_values(tensor):
-        return tensor.storage_offset() * tensor.element_size()
+        return int(tensor.storage_offset()) * tensor.element_size()
     return tensor.data_ptr()
 
 

@@ -226,6 +226,7 @@ class BankRows(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict = self._in_own_precision(dict(state_dict), prefix)
+        is_part = f"{prefix}{SHARD_MARK}" in state_dict
         if self.shard is not None:
             state_dict = _own_part(state_dict, prefix, self.shard)
             found = state_dict.get(f"{prefix}first_row")
@@ -240,10 +241,12 @@ class BankRows(nn.Module):
             loaded = state_dict.get(prefix + name)
             if isinstance(loaded, Tensor) and loaded.shape != buffer.shape:
                 # All or nothing: torch would go on to load the buffers that fit.
-                errors = args[-1]
-                errors.append(
+                remedy = ""
+                if is_part and loaded.shape[1:] == buffer.shape[1:]:
+                    remedy = ": codir_fast.distributed.reshard_state makes the states of ranks fit"
+                args[-1].append(
                     f"{prefix}{name} must have shape {tuple(buffer.shape)}, the size of this "
-                    f"{type(self).__name__}, got {tuple(loaded.shape)}"
+                    f"{type(self).__name__}, got {tuple(loaded.shape)}{remedy}"
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -291,5 +294,6 @@ def _own_part(state_dict: dict[str, Any], prefix: str, shard: Shard) -> dict[str
     for name in ROW_BUFFERS:
         value = state_dict.get(f"{prefix}{name}")
         if isinstance(value, Tensor) and value.ndim and len(value) == shard.size:
-            cut[f"{prefix}{name}"] = shard.own(value)
+            # With assign=True it becomes the buffer: a view would keep all rows alive.
+            cut[f"{prefix}{name}"] = shard.own(value).clone()
     return {**state_dict, **cut}

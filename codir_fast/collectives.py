@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codir_fast.checks import as_number
+
 T = TypeVar("T")
 Settings = tuple[tuple[str, Any], ...]
 
@@ -143,7 +145,7 @@ def agree(
     Raises:
         ValueError: ranks differ in a setting; on each of them, naming it.
     """
-    digest = _digest((what, settings))
+    digest = _digest(what, settings)
     header = torch.tensor([[digest, *counts, 0]], dtype=torch.int64).to(device)
     if mark is not None:
         header[0, 3] = mark
@@ -185,7 +187,8 @@ def gather_bytes(ranks: Ranks, what: str, data: bytes, device: torch.device) -> 
 
 def _difference(ranks: Ranks, what: str, settings: Settings, device: torch.device) -> str:
     """Which setting ranks differ in, as all of them see it."""
-    text = json.dumps([what, dict(settings)], default=str).encode()
+    given = {name: as_number(value) for name, value in settings}
+    text = json.dumps([what, given], default=str).encode()
     own = torch.tensor(list(text), dtype=torch.uint8, device=device)
     lengths = torch.empty(ranks.size, dtype=torch.int64, device=device)
     length = torch.tensor([len(text)], device=device)
@@ -196,7 +199,9 @@ def _difference(ranks: Ranks, what: str, settings: Settings, device: torch.devic
         return f"ranks must take the same step, got {_by_rank([name for name, _ in every])}"
     names = dict.fromkeys(name for _, given in every for name in given)
     values = {name: [given.get(name) for _, given in every] for name in names}
-    differing = next(name for name in names if any(v != values[name][0] for v in values[name]))
+    differing = next((name for name in names if len(set(map(_written, values[name]))) > 1), None)
+    if differing is None:  # objects that only look alike
+        return f"ranks must pass the same settings to {what}, got others: {values}"
     return (
         f"`{differing}` must be the same on all ranks in {what}, got {_by_rank(values[differing])}"
     )
@@ -204,14 +209,26 @@ def _difference(ranks: Ranks, what: str, settings: Settings, device: torch.devic
 
 def _by_rank(values: Sequence[Any]) -> str:
     """At most as many ranks as a reader can compare."""
-    first = next(n for n, value in enumerate(values) if value != values[0])
+    first = next(n for n, value in enumerate(values) if _written(value) != _written(values[0]))
     return f"{values[0]} on rank 0 and {values[first]} on rank {first}"
 
 
-@functools.lru_cache(maxsize=64)
-def _digest(meant: Any) -> int:
-    digest = hashlib.blake2b(repr(meant).encode(), digest_size=8).digest()
+def _digest(what: str, settings: Settings) -> int:
+    # Not cached: a cache would take its time for keys that are equal but written differently.
+    meant = repr((what, [(name, _written(value)) for name, value in settings]))
+    digest = hashlib.blake2b(meant.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def _written(value: Any) -> str:
+    """How a setting is compared: equal numbers are written alike, 1 and 1.0 and True; NaN too."""
+    number = as_number(value)
+    if isinstance(number, int):
+        return repr(int(number))
+    if isinstance(number, float):
+        number = float(number)  # numpy's float64 is one, but is written differently
+        return repr(int(number) if number.is_integer() else number)
+    return repr(value)
 
 
 def _all_gather() -> Callable[..., Any]:

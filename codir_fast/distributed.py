@@ -25,16 +25,16 @@ With B queries on all ranks, a loss sends about (R-1)/R * B * (2D + D + 2) numbe
 whatever K is: queries and positives to all, partial sums back.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from codir_fast.bank_rows import ROW_BUFFERS, BankRows
+from codir_fast.bank_rows import ROW_BUFFERS, SHARD_MARK, BankRows
 from codir_fast.checks import check_choice, check_flag
-from codir_fast.collectives import gather_blocks
 from codir_fast.loss_arguments import (
     OBJECTIVES,
     as_scalar,
@@ -51,7 +51,7 @@ from codir_fast.ops.contrast import PreparedPair
 from codir_fast.partial_sums import PartialSums, combine_partial_sums
 from codir_fast.sharded_contrast import positive_sums, scan
 from codir_fast.sharded_passes import Objective
-from codir_fast.sharding import GlobalBatch, Shard
+from codir_fast.sharding import GlobalBatch, check_dst
 
 __all__ = [
     "PartialSums",
@@ -62,19 +62,23 @@ __all__ = [
     "reshard_state",
 ]
 
-_BLOCK_BYTES = 1 << 26  # of a bank that travel at once
-
 
 def ignore_shards_in_ddp(model: nn.Module) -> None:
     """Makes DistributedDataParallel leave the sharded banks of `model` alone, whose buffers it
     would overwrite with rank 0's; to be called before it wraps `model`.
     """
-    ignored = {name for name, bank in _sharded_banks(model) for name in _buffer_names(name, bank)}
+    banks = _banks(model, sharded=True).items()
+    ignored = {
+        f"{prefix}{buffer}"
+        for bank, prefixes in banks
+        for prefix in prefixes
+        for buffer, _ in bank.named_buffers(recurse=False)
+    }
     ignored |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
 
 
-def gather_state(module: nn.Module, *, dst: int = 0) -> dict[str, Tensor] | None:
+def gather_state(module: nn.Module, *, dst: int = 0) -> dict[str, Any] | None:
     """The state_dict of a module with sharded banks, of all their rows, on the CPU: what one
     process would save. A step of all ranks, `dst` of their group gets it, others None.
 
@@ -87,26 +91,37 @@ def gather_state(module: nn.Module, *, dst: int = 0) -> dict[str, Tensor] | None
 
     Returns:
         On rank `dst` the state_dict with (K, ...) in place of this rank's rows, without
-        `first_row`; None on the others. On each rank its own, where no bank is sharded.
+        `first_row`; None on the others. On each rank its own, where no bank is sharded. A bank with
+        two names in `module` has one tensor under both; extra state that is no tensor stays as it
+        is, rank `dst`'s.
 
     Raises:
+        ValueError: `dst` is no rank of a sharded bank's process group; nothing was sent.
         RuntimeError: a rank has ended, or did not come in time.
     """
-    state = {name: value.cpu() for name, value in module.state_dict().items()}
+    banks = _banks(module, sharded=True)
+    for bank in banks:
+        assert bank.shard is not None
+        check_dst(dst, bank.shard.ranks)
+    state = {
+        name: value.cpu() if isinstance(value, Tensor) else value
+        for name, value in module.state_dict().items()
+    }
     is_dst = True
-    for name, bank in _sharded_banks(module):
+    for bank, prefixes in banks.items():
         assert bank.shard is not None
         is_dst = bank.shard.ranks.rank == dst
-        prefix = _prefix(name)
-        del state[f"{prefix}first_row"]
+        for prefix in prefixes:
+            del state[f"{prefix}{SHARD_MARK}"]
         for buffer_name in ROW_BUFFERS:
             buffer = getattr(bank, buffer_name)
             if buffer is not None:
-                state[f"{prefix}{buffer_name}"] = _gathered(bank.shard, buffer, dst)
+                whole = bank.shard.gathered("gather_state", buffer, dst)
+                state |= {f"{prefix}{buffer_name}": whole for prefix in prefixes}
     return state if is_dst else None
 
 
-def reshard_state(states: Iterable[Mapping[str, Tensor]], module: nn.Module) -> dict[str, Tensor]:
+def reshard_state(states: Iterable[Mapping[str, Any]], module: nn.Module) -> dict[str, Any]:
     """The state that `module` loads on this rank, out of the state_dicts that all ranks of a run
     saved, of however many ranks, in whatever order.
 
@@ -121,28 +136,36 @@ def reshard_state(states: Iterable[Mapping[str, Tensor]], module: nn.Module) -> 
     Raises:
         ValueError: rows that are in none of the states; no states.
     """
-    result: dict[str, Tensor] = {}
-    banks = {_prefix(name): bank for name, bank in _banks(module)}
-    covered = {
-        prefix: torch.zeros(len(bank.rows), dtype=torch.bool) for prefix, bank in banks.items()
+    result: dict[str, Any] = {}
+    banks = _banks(module)
+    covered = {bank: torch.zeros(len(bank.rows), dtype=torch.bool) for bank in banks}
+    of_banks = {
+        f"{prefix}{buffer}"
+        for prefixes in banks.values()
+        for prefix in prefixes
+        for buffer in (*ROW_BUFFERS, SHARD_MARK)
     }
     seen = False
     for state in states:
         seen = True
-        for prefix, bank in banks.items():
-            _take_rows(result, covered[prefix], state, prefix, bank)
-        for name in state.keys() - result.keys() - {f"{prefix}first_row" for prefix in banks}:
+        for bank, (prefix, *_) in banks.items():
+            _take_rows(result, covered[bank], state, prefix, bank)
+        for name in state.keys() - result.keys() - of_banks:
             result[name] = state[name]
     if not seen:
         raise ValueError("`states` must hold a state for each rank of the run, got none")
-    for prefix, bank in banks.items():
-        if not bool(covered[prefix].all()):
-            missing = int((~covered[prefix]).nonzero()[0]) + _first(bank)
+    for bank, (prefix, *others) in banks.items():
+        if not bool(covered[bank].all()):
+            missing = int((~covered[bank]).nonzero()[0]) + _first(bank)
             raise ValueError(
                 f"`states` must hold all rows of `{prefix}rows`, row {missing} is in none"
             )
         if bank.shard is not None:
-            result[f"{prefix}first_row"] = torch.tensor(bank.shard.first)
+            result[f"{prefix}{SHARD_MARK}"] = torch.tensor(bank.shard.first)
+        for buffer in (*ROW_BUFFERS, SHARD_MARK):
+            if f"{prefix}{buffer}" in result:
+                value = result[f"{prefix}{buffer}"]
+                result |= {f"{other}{buffer}": value for other in others}
     return result
 
 
@@ -228,50 +251,25 @@ def partial_sums(
     return PartialSums(loss, dquery, dinv_temperature)
 
 
-def _banks(module: nn.Module) -> Iterator[tuple[str, BankRows]]:
-    return ((name, part) for name, part in module.named_modules() if isinstance(part, BankRows))
-
-
-def _sharded_banks(module: nn.Module) -> Iterator[tuple[str, BankRows]]:
-    return ((name, bank) for name, bank in _banks(module) if bank.shard is not None)
-
-
-def _prefix(name: str) -> str:
-    return f"{name}." if name else ""
-
-
-def _buffer_names(name: str, bank: BankRows) -> list[str]:
-    return [f"{_prefix(name)}{buffer}" for buffer, _ in bank.named_buffers(recurse=False)]
+def _banks(module: nn.Module, *, sharded: bool = False) -> dict[BankRows, list[str]]:
+    """The banks of a module, or the sharded ones, each with the prefixes of its buffers' names: as
+    many as it has names, under all of which state_dict has it.
+    """
+    banks: dict[BankRows, list[str]] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, BankRows) and not (sharded and part.shard is None):
+            banks.setdefault(part, []).append(f"{name}." if name else "")
+    return banks
 
 
 def _first(bank: BankRows) -> int:
     return 0 if bank.shard is None else bank.shard.first
 
 
-def _gathered(shard: Shard, buffer: Tensor, dst: int) -> Tensor:
-    """All ranks' rows of a buffer, on the CPU; of rank dst alone."""
-    whole = buffer.new_empty(0, device="cpu")
-    if shard.ranks.rank == dst:
-        whole = torch.empty(shard.size, *buffer.shape[1:], dtype=buffer.dtype)
-    row_bytes = buffer.element_size() * buffer.shape[1:].numel()
-    step = max(1, _BLOCK_BYTES // row_bytes // shard.ranks.size)
-    for start in range(0, shard.block, step):
-        own = buffer[start : start + step]
-        sent = buffer.new_zeros(min(step, shard.block - start), *buffer.shape[1:])
-        sent[: len(own)] = own
-        blocks = gather_blocks(shard.ranks, "gather_state", sent, dst)
-        for rank, block in enumerate(blocks or ()):
-            first = shard.first_of(rank) + start
-            end = min(first + len(block), shard.first_of(rank + 1))
-            if first < end:
-                whole[first:end] = block[: end - first].cpu()
-    return whole
-
-
 def _take_rows(
-    result: dict[str, Tensor],
+    result: dict[str, Any],
     covered: Tensor,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Any],
     prefix: str,
     bank: BankRows,
 ) -> None:
@@ -279,7 +277,7 @@ def _take_rows(
     if f"{prefix}rows" not in state:
         raise ValueError(f"`states` must hold `{prefix}rows` as `module` does, one has none")
     wanted, num_rows = _first(bank), len(bank.rows)
-    first, rows = int(state.get(f"{prefix}first_row", 0)), state[f"{prefix}rows"]
+    first, rows = int(state.get(f"{prefix}{SHARD_MARK}", 0)), state[f"{prefix}rows"]
     if first + len(rows) > bank.size:
         raise ValueError(
             f"`states` must be of a bank of {bank.size} rows as `{prefix}rows`, got row "

@@ -26,7 +26,7 @@ from codir_fast.ops.in_batch_contrast import in_batch_contrast
 from codir_fast.ops.loss_autograd import reduced
 from codir_fast.sharded_contrast import gather_numbers
 from codir_fast.sharded_passes import Direction, Objective
-from codir_fast.sharding import GlobalBatch
+from codir_fast.sharding import GlobalBatch, refuse_transforms
 
 
 def contrastive_loss(
@@ -128,7 +128,8 @@ def contrastive_loss(
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or value, or one that differs between
             ranks; the message names the argument.
-        RuntimeError: the named backend can't run here; a rank has ended, or did not come in time.
+        RuntimeError: the named backend can't run here; a rank has ended, or did not come in time; a
+            transform of torch.func, as grad or vmap, over several ranks.
 
     Example:
         >>> queue = codir_fast.MemoryQueue(65536, 128)
@@ -144,6 +145,7 @@ def contrastive_loss(
     given = (labels, negative_labels, negative_index, exclude_index)
     vectors, batch = (query, positive_key, negative_keys), None
     if process_group is not None:
+        refuse_transforms("contrastive_loss", process_group)
         known = None if log_partition is None else "given"
         options = (("objective", objective), ("reduction", reduction), ("log_partition", known))
         settings = (*options, *alike(temperature, normalize, symmetric, num_data, *given))
@@ -235,6 +237,7 @@ def estimate_log_partition(
     given = (labels, negative_labels, negative_index, exclude_index)
     vectors, batch = (query, positive_key, negative_keys), None
     if process_group is not None:
+        refuse_transforms("estimate_log_partition", process_group)
         settings = alike(temperature, normalize, symmetric, num_data, *given)
         batch = agree_on_batch("estimate_log_partition", process_group, vectors, settings)
     ways, meant = arrange(vectors, temperature, normalize, symmetric, backend, given, batch, True)

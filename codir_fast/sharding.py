@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codir_fast.checks import as_number
 from codir_fast.collectives import (
     Ranks,
     Settings,
@@ -15,9 +16,13 @@ from codir_fast.collectives import (
     exchange,
     exchange_counts,
     gather,
+    gather_blocks,
     outside_graphs,
     ranks_of,
 )
+from codir_fast.ops.registration import under_functorch
+
+_BLOCK_BYTES = 1 << 26  # of a bank that travel at once
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,25 @@ class Shard:
         sizes = [self.first_of(rank + 1) - self.first_of(rank) for rank in range(self.ranks.size)]
         return gather(self.ranks, what, columns, sizes).wait()
 
+    def gathered(self, what: str, column: Tensor, dst: int) -> Tensor:
+        """A column of all rows, on the CPU; of rank dst alone."""
+        whole = column.new_empty(0, device="cpu")
+        if self.ranks.rank == dst:
+            whole = torch.empty(self.size, *column.shape[1:], dtype=column.dtype)
+        row_bytes = column.element_size() * column.shape[1:].numel()
+        step = max(1, _BLOCK_BYTES // row_bytes // self.ranks.size)
+        for start in range(0, self.block, step):
+            own = column[start : start + step]
+            sent = column.new_zeros(min(step, self.block - start), *column.shape[1:])
+            sent[: len(own)] = own
+            blocks = gather_blocks(self.ranks, what, sent, dst)
+            for rank, block in enumerate(blocks or ()):
+                first = self.first_of(rank) + start
+                end = min(first + len(block), self.first_of(rank + 1))
+                if first < end:
+                    whole[first:end] = block[: end - first].cpu()
+        return whole
+
 
 def shard_of(size: int, process_group: Any) -> Shard | None:
     """This process's part of `size` rows; None: all of them."""
@@ -111,6 +135,27 @@ def check_first_rows(shard: Shard, found: list[int]) -> None:
                 "of one rank to another, as DistributedDataParallel does; call "
                 "codir_fast.distributed.ignore_shards_in_ddp(model) before it wraps the model"
             )
+
+
+def check_dst(dst: Any, ranks: Ranks) -> None:
+    """That it is a rank of the group; a collective would blame ranks that have ended."""
+    number = as_number(dst)
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < ranks.size:
+        raise ValueError(
+            f"`dst` must be a rank of the banks' process group, an int in [0, {ranks.size}), "
+            f"got {dst!r}"
+        )
+
+
+def refuse_transforms(what: str, process_group: Any) -> None:
+    """That no transform of torch.func is at work: it can take no step of several ranks, and would
+    say so in the middle of one, in words of torch's.
+    """
+    if under_functorch() and ranks_of(process_group) is not None:
+        raise RuntimeError(
+            f"{what} with a `process_group` can't run under torch.func's transforms (grad, vmap, "
+            "jvp and their kin): take gradients by backward() or torch.autograd.grad"
+        )
 
 
 @dataclass(frozen=True)

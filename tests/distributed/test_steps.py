@@ -2,6 +2,7 @@
 how one that fails ends the others.
 """
 
+import math
 import multiprocessing
 import os
 import re
@@ -9,6 +10,7 @@ import time
 import weakref
 from datetime import timedelta
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +18,7 @@ from pool import PRELOADED
 from torch.nn.parallel import DistributedDataParallel
 
 import codir_fast
-from codir_fast.collectives import exchange, gather, ranks_of
+from codir_fast.collectives import agree, exchange, gather, ranks_of
 from codir_fast.distributed import ignore_shards_in_ddp
 from codir_fast.functional import contrastive_loss
 
@@ -119,6 +121,63 @@ def differ(group, case):
 @pytest.mark.parametrize("case", DIFFERENT)
 def test_ranks_that_differ_are_told(on_ranks, case):
     on_ranks(differ, 3, case=case)
+
+
+def equal_numbers(group):
+    """A number is the same setting in whatever type, whatever was passed before."""
+    rank = dist.get_rank(group)
+    for given in ((1, 1.0), (2.0, 2), (2, 2.0), (np.int64(2), 2), (np.float64(0.5), 0.5)):
+        assert torch.isfinite(loss_of(group, *pair(), temperature=given[min(rank, 1)]))
+    if rank < 2:  # who passed an equal number before
+        some = dist.new_group([0, 1], use_local_synchronization=True)
+        assert torch.isfinite(loss_of(some, *pair(), temperature=3))
+    assert torch.isfinite(loss_of(group, *pair(), temperature=3.0))
+    # What is NaN, as a temperature that can't be read is, is alike on all ranks.
+    settings = (("temperature", math.nan), ("labels", rank))
+    with pytest.raises(ValueError, match="`labels` must be the same on all ranks in a test, got 0"):
+        agree(ranks_of(group), "a test", settings, (0, 0), torch.device("cpu"))
+    # Objects may differ without a sign of it.
+    unlike = type(
+        "Setting", (), {"__repr__": lambda self: f"<{rank}>", "__str__": lambda self: "s"}
+    )
+    with pytest.raises(ValueError, match="ranks must pass the same settings to a test, got others"):
+        agree(ranks_of(group), "a test", (("it", unlike()),), (0, 0), torch.device("cpu"))
+
+
+def test_equal_numbers_are_the_same_setting(on_ranks):
+    on_ranks(equal_numbers, 3)
+
+
+def transformed(group):
+    """One rank alone is told, before it waits for others; functional_call transforms nothing."""
+    query, key = pair()
+    sharded = queue(group)
+    loss_fn = codir_fast.ContrastiveLoss(process_group=group)
+    nce = codir_fast.ContrastiveLoss(objective="nce", process_group=group)
+    if dist.get_rank(group) == 0:
+        for function, what in (
+            (lambda x: loss_fn(x, key, sharded), "contrastive_loss"),
+            (lambda x: loss_of(group, x, key), "contrastive_loss"),
+            (lambda x: nce(x, key), "estimate_log_partition"),
+        ):
+            message = f"{what} with a `process_group` can't run under torch.func's transforms"
+            for run, x in (
+                (torch.func.grad(function), query),
+                (torch.vmap(function), torch.stack([query, query])),
+                (lambda x, function=function: torch.func.jvp(function, (x,), (x,)), query),
+            ):
+                with pytest.raises(RuntimeError, match=re.escape(message)):
+                    run(x)
+    loss = torch.func.functional_call(loss_fn, {}, (query, key, sharded))
+    torch.testing.assert_close(loss, loss_fn(query, key, sharded))
+    # One rank is this process alone, which may.
+    alone = dist.new_group([dist.get_rank(group)], use_local_synchronization=True)
+    dquery = torch.func.grad(lambda x: loss_of(alone, x, key))(query)
+    torch.testing.assert_close(dquery, torch.func.grad(lambda x: contrastive_loss(x, key))(query))
+
+
+def test_transforms_are_refused_at_the_door(on_ranks):
+    on_ranks(transformed, 2)
 
 
 def misuse(group):
