@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -48,9 +49,24 @@ USAGE = "\n".join(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for an error of use, 1 for a full disk,
-    weights that are no numbers, or another process that ended, 130 after Ctrl-C.
+    weights that are no numbers, or another process that ended, 130 after Ctrl-C, 141 where a reader
+    of its output, such as head, has ended.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _main(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # at the end of Python nobody would meet the error
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _has_lost_reader():
+            return 141
+        if not is_full(error):
+            raise
+        return _failed(error, 1)
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2
@@ -62,10 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, NotImplementedError) as error:
         return _failed(error, 2)
     except (SaveError, LostProcess, Diverged) as error:
-        return _failed(error, 1)
-    except OSError as error:
-        if not is_full(error):
-            raise
         return _failed(error, 1)
     except KeyboardInterrupt as error:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
@@ -85,6 +97,18 @@ def _run(command: str, arguments: list[str]) -> int:
                 f"{command} needs {', '.join(missing)}: pip install '.[{extra}]' in the sources"
             )
     return importlib.import_module(module).run(arguments)
+
+
+def _has_lost_reader() -> bool:
+    """Whether standard output has no reader any more; what it still holds is dropped then."""
+    if sys.stdout is None:
+        return False
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # errors are told whatever is asked for
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _failed(error: Exception, code: int) -> int:

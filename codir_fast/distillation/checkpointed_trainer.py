@@ -32,6 +32,7 @@ from codir_fast.distillation.processes import OwnRandomNumbers, process_group
 from codir_fast.distillation.trainer_state import (
     SaveAfterEpoch,
     best_beside,
+    check_steps,
     read_trainer_state,
     restore_callbacks,
 )
@@ -230,6 +231,7 @@ class CheckpointedTrainer(Trainer):
             check_fixed_settings(
                 tree["settings"],
                 self._fixed_settings(),
+                self.train_dataset,
                 makes_optimizer=self._makes_optimizer,
                 keeps_place=keeps_place,
             )
@@ -281,6 +283,7 @@ class CheckpointedTrainer(Trainer):
             self.state.best_model_checkpoint = best_beside(directory, saved)
             self.state.compute_steps(self.args, max_steps)  # Trainer would keep the checkpoint's
             with refusing(directory):
+                check_steps(saved, max_steps)
                 self._had_stopped = restore_callbacks(self._stateful(), saved)
         return start
 

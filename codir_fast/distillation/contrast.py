@@ -234,9 +234,15 @@ class QueueContrast(LayerContrast):
     ) -> None:
         def new_queue() -> MemoryQueue:
             size, dim = config.queue_size, config.projection_dim
-            queue = MemoryQueue(size, dim, process_group=process_group)
-            if config.bank_init == "random":
-                queue.enqueue(*_of_rank(queue, torch.randn(size, dim)))
+            try:
+                queue = MemoryQueue(size, dim, process_group=process_group)
+                if config.bank_init == "random":
+                    queue.enqueue(*_of_rank(queue, torch.randn(size, dim)))
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).rpartition("DefaultCPUAllocator: ")[2]
+                raise ValueError(
+                    f"`queue_size` {size} can't be had, as rows of {dim} numbers: {reason}"
+                ) from error
             return queue
 
         super().__init__(config, widths, new_queue, process_group)

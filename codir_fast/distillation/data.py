@@ -3,7 +3,7 @@
 import csv
 import glob
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from codir_fast.distillation.labels import check_label_column
 from codir_fast.errors import SaveError, UsageError, is_full
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+NO_ROWS = "corresponds to no data"  # of what datasets says of a csv with a header alone
 
 
 def load_examples(data: DataArguments, seed: int) -> tuple[Dataset, Dataset | None]:
@@ -91,6 +93,7 @@ def read_file(
     suffix = Path(path).suffix.lower()
     if suffix not in formats:
         raise UsageError(f"`{name}` must end in {', '.join(formats)}, got {path}")
+    _check_size(name, path)
     options: dict[str, Any] = {"streaming": streaming}
     if suffix == ".csv":
         _check_header(name, path)
@@ -114,10 +117,19 @@ def reading(
         raise
     except errors as error:
         kind, cause = Path(path).suffix.lower(), error.__cause__ or error
+        if NO_ROWS in str(cause):
+            raise UsageError(f"`{name}` has no rows, {path}") from error
         if is_full(error):
             raise SaveError(f"`{name}` {path} can't be kept in datasets' cache: {cause}") from error
         wanted = f" as {kind[1:]}" if kind else ""
         raise UsageError(f"`{name}` can't be read{wanted}, {path}: {cause}") from error
+
+
+def _check_size(name: str, path: str) -> None:
+    """Refuses an empty file: datasets' readers end with a StopIteration."""
+    with suppress(OSError), open(path, "rb") as file:  # OSError: the reader tells it
+        if not file.read(1):
+            raise UsageError(f"`{name}` has no rows, the file {path} is empty")
 
 
 def _check_header(name: str, path: str) -> None:

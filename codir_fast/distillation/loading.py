@@ -1,11 +1,13 @@
 """Models and tokenizers from a folder or the hub: safetensors only, no code of theirs is run."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -91,11 +93,15 @@ def _check_layers(flag: str, name: str, model: PreTrainedModel, report: dict[str
         if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key
     ]
     if absent:
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise UsageError(
             f"`{flag}` must hold the weights of its layers, {name} has other sizes than its "
-            f"config.json says, or none, of {', '.join(absent[:3])}{more}"
+            f"config.json says, or none, of {_first_few(absent)}"
         )
+
+
+def _first_few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def load_trained_classifier(flag: str, name: str) -> PreTrainedModel:
@@ -138,8 +144,28 @@ def load_weights(model: PreTrainedModel, directory: Path) -> None:
     )
     for what, names in report.items():
         if names:
-            raise ValueError(f"{what.replace('_', ' ')}: {', '.join(map(str, sorted(names)))}")
+            raise ValueError(f"{what.replace('_', ' ')}: {_first_few(sorted(map(str, names)))}")
+    _check_shapes(loaded.state_dict(), model.state_dict())
     model.load_state_dict(loaded.state_dict())
+
+
+def _check_shapes(saved: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Raises ValueError where the two are of models of other layers, widths or classes."""
+    texts = (
+        ("has weights that this run's model has not", sorted(saved.keys() - own.keys())),
+        ("lacks weights of this run's model", sorted(own.keys() - saved.keys())),
+        (
+            "has weights of other sizes than this run's model",
+            [
+                f"{name} is {tuple(saved[name].shape)}, here {tuple(own[name].shape)}"
+                for name in own
+                if name in saved and saved[name].shape != own[name].shape
+            ],
+        ),
+    )
+    for text, names in texts:
+        if names:
+            raise ValueError(f"its model {text}: {_first_few(names)}")
 
 
 def check_index(directory: Path) -> None:
@@ -195,6 +221,11 @@ def _load(flag: str, name: str, kind: Any, **options: Any) -> Any:
     except RuntimeError as error:
         raise UsageError(
             f"`{flag}` {name} has weights of other sizes than its config.json"
+        ) from error
+    except (AttributeError, TypeError) as error:  # of a configuration with values of other types
+        raise UsageError(
+            f"`{flag}` can't be loaded from {name}, a value in its files is of another type: "
+            f"{error}"
         ) from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

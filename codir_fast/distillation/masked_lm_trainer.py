@@ -1,7 +1,8 @@
 """The trainer of the pre-training stage: it masks each batch when the batch is used."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from codir_fast.distillation.fixed_settings import STREAM
 from codir_fast.distillation.masked_lm import IGNORED, PretrainingModel
 from codir_fast.distillation.trainer import DistillationTrainer
 
@@ -44,6 +46,8 @@ class PretrainingTrainer(DistillationTrainer):
         processing_class: tokenizer with a mask token.
         train_dataset, eval_dataset: columns of the tokenizer, without labels.
         data_collator: pads; that is what it does if it is not given.
+        of_stream: what the texts of a stream and their order depend on, name -> value, to be kept
+            in checkpoints and compared; called once, when it is needed.
 
     Raises:
         ValueError: no tokenizer, or one without a mask token; `compute_metrics`, which would need
@@ -53,7 +57,12 @@ class PretrainingTrainer(DistillationTrainer):
     model_class = PretrainingModel
 
     def __init__(
-        self, model: PretrainingModel, args: TrainingArguments | None = None, **kwargs: Any
+        self,
+        model: PretrainingModel,
+        args: TrainingArguments | None = None,
+        *,
+        of_stream: Callable[[], dict[str, Any]] | None = None,
+        **kwargs: Any,
     ) -> None:
         if args is not None and isinstance(kwargs.get("train_dataset"), IterableDataset):
             config: Any = args.accelerator_config
@@ -72,6 +81,11 @@ class PretrainingTrainer(DistillationTrainer):
             tokenizer, mlm_probability=model.distillation_config.mlm_probability
         )
         self._evaluated = torch.zeros(2, device=self.args.device)
+        self._of_stream = None if of_stream is None else cache(of_stream)
+
+    def _fixed_settings(self) -> dict[str, Any]:
+        settings = super()._fixed_settings()
+        return settings if self._of_stream is None else settings | {STREAM: self._of_stream()}
 
     def _mask(self, batch: dict[str, Any]) -> dict[str, Any]:
         if "labels" in batch:

@@ -133,7 +133,7 @@ def model_card(
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     sections = [
         _header(kind, command, origins, data, measured),
-        f"# {_escape(model.config.model_type)} {kind.noun}, {layers} layers",
+        f"# {escaped(model.config.model_type)} {kind.noun}, {layers} layers",
         f"A {kind.noun} of {size / 1e6:.1f} million parameters in {layers} layers, {made} by "
         "codir-fast (contrastive distillation, [CoDIR](https://arxiv.org/abs/2009.14167)).",
         f"## Use\n{_code(kind, data)}",
@@ -142,7 +142,7 @@ def model_card(
         _table("setting", _shown(settings)),
         f"`run.json` holds every setting of the command `codir-fast {command}`.",
         *_evaluation(measured, data, eval_size),
-        f"## Versions\n{_escape(versions)}",
+        f"## Versions\n{escaped(versions)}",
     ]
     return "\n\n".join(sections) + "\n\n"
 
@@ -190,8 +190,8 @@ def _is_on_hub(name: str) -> bool:
 def _origin(name: str) -> str:
     """A link to the hub; of a folder its name alone: the rest is the machine's."""
     if _is_on_hub(name):
-        return f"[{_escape(name)}](https://huggingface.co/{name})"
-    return f"a model in the folder {_escape(Path(name).resolve().name)}"
+        return f"[{escaped(name)}](https://huggingface.co/{name})"
+    return f"a model in the folder {escaped(Path(name).resolve().name)}"
 
 
 def _code(kind: _Kind, data: dict[str, Any]) -> str:
@@ -205,7 +205,7 @@ def _code(kind: _Kind, data: dict[str, Any]) -> str:
 
 def _labels(kind: _Kind, model: PreTrainedModel) -> list[str]:
     names = (model.config.id2label or {}).values()
-    listed = ", ".join(_escape(str(name)) for name in names)
+    listed = ", ".join(escaped(str(name)) for name in names)
     return [f"Labels: {listed}."] if kind is CLASSIFIER else []
 
 
@@ -215,7 +215,7 @@ def _source(data: dict[str, Any], flag: str, otherwise: str, size: int | None) -
         name = Path(str(data[flag])).name
     else:
         name = str(data.get("dataset_name") or otherwise)
-    return _escape(name) + ("" if size is None else f", {size} examples")
+    return escaped(name) + ("" if size is None else f", {size} examples")
 
 
 def _shown(settings: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -223,7 +223,7 @@ def _shown(settings: dict[str, dict[str, Any]]) -> dict[str, str]:
         name: settings["training"][name] for name in TRAINING
     }
     chosen["max_seq_length"] = settings["data"].get("max_seq_length")
-    return {name: _escape(str(value)) for name, value in chosen.items() if value is not None}
+    return {name: escaped(str(value)) for name, value in chosen.items() if value is not None}
 
 
 def _evaluation(measured: dict[str, float], data: dict[str, Any], size: int | None) -> list[str]:
@@ -239,7 +239,9 @@ def _table(head: str, rows: dict[str, str]) -> str:
     return "\n".join(lines + [f"| `{name}` | {value} |" for name, value in rows.items()])
 
 
-def _escape(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is, in one line. An underscore within a word means nothing to
+    Markdown, and stays readable.
+    """
     plain = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", plain)
+    return re.sub(r"([\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", plain)

@@ -1,6 +1,7 @@
 """`codir-fast pretrain`: a smaller masked language model from a larger one and plain texts."""
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from codir_fast.distillation.output_folder import (
 from codir_fast.distillation.processes import process_group
 from codir_fast.distillation.run_settings import run_settings
 from codir_fast.distillation.student import student_from_teacher
-from codir_fast.distillation.texts import load_texts, reading_on
+from codir_fast.distillation.texts import load_texts, reading_on, stream_settings
 from codir_fast.distillation.trainer import check_arguments, load_checkpoint
 from codir_fast.distillation.training import train_and_save
 from codir_fast.distillation.training_checks import check_best_metric, check_training_arguments
@@ -132,6 +133,7 @@ def run(arguments: list[str]) -> int:
             data_collator=DataCollatorWithPadding(tokenizer),
             processing_class=tokenizer,
             callbacks=stopping.callbacks(),
+            of_stream=partial(stream_settings, data) if data.streaming else None,
         )
     shown = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     args.say(f"pre-training with {shown}")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,9 @@ class Study:
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"`{name}` must be a path, got {getattr(self, name)!r}")
         self._check_groups()
+        for name in ("reference", "trial_regime"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"`{name}` must be a name, got {getattr(self, name)!r}")
         if self.reference not in self.arms:
             raise ValueError(
                 f"`reference` must be an arm, {list(self.arms)}, got {self.reference!r}"
@@ -76,9 +79,10 @@ class Study:
             raise ValueError(
                 f"`trial_regime` must be a regime, {list(self.regimes)}, got {self.trial_regime!r}"
             )
-        for seeds in (self.seeds, self.trial_seeds):
-            if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
-                raise ValueError(f"`seeds` must be a list of integers, got {seeds!r}")
+        for name in ("seeds", "trial_seeds"):
+            seeds = getattr(self, name)
+            if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+                raise ValueError(f"`{name}` must be a list of integers, got {seeds!r}")
         if set(self.seeds) & set(self.trial_seeds):
             raise ValueError("`seeds` and `trial_seeds` must have none in common")
         self.texts()
@@ -114,6 +118,10 @@ class Study:
     def texts(self) -> TextArguments:
         """How texts are read, by runs and when they are judged."""
         given = {name: self.settings[name] for name in OF_TEXTS & self.settings.keys()}
+        for name, value in given.items():
+            kind, wanted = (int, "an integer") if name == "max_seq_length" else (str, "a text")
+            if type(value) is not kind and value is not None:
+                raise ValueError(f"`{name}` in `settings` must be {wanted}, got {value!r}")
         return TextArguments(**given)
 
 
@@ -168,14 +176,27 @@ def read_study(path: str) -> Study:
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none
         raise UsageError(f"study: {path} can't be read: {error}") from error
+    except RecursionError as error:
+        raise UsageError(f"study: {path} can't be read: it is nested too deeply") from error
     if not isinstance(content, dict):
         raise UsageError(f"study: {path} must hold a mapping, got {type(content).__name__}")
+    _check_keys(path, content)
     try:
         return Study(**content)
     except (TypeError, ValueError) as error:
         raise UsageError(f"study: {path}: {error}") from error
+
+
+def _check_keys(path: str, content: dict[Any, Any]) -> None:
+    """Refuses keys of a study that are unknown or missing."""
+    known = {key.name: key for key in fields(Study)}
+    if unknown := [key for key in content if key not in known]:
+        raise UsageError(f"study: {path} has an unknown key {unknown[0]!r}, known: {list(known)}")
+    needed = [name for name, key in known.items() if MISSING is key.default is key.default_factory]
+    if missing := [name for name in needed if name not in content]:
+        raise UsageError(f"study: {path} must have the keys {needed}, it lacks {missing}")
 
 
 def runs_of(study: Study) -> Iterator[Run]:

@@ -7,6 +7,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from codir_fast.distillation.checkpoint import replaced_file
+from codir_fast.distillation.model_card import escaped
 from codir_fast.distillation.report.pictures import COLOURS, plt, save
 
 Line = dict[str, Any]
@@ -55,7 +56,7 @@ def write_report(lines: list[Line], reference: str, output: Path, *, trials: boo
     for regime in dict.fromkeys(line["regime"] for line in lines):
         of_regime = [line for line in lines if line["regime"] == regime]
         parts += [
-            f"## {regime}, {split} texts\n\n{_tables(of_regime, reference, split)}"
+            f"## {escaped(regime)}, {split} texts\n\n{_tables(of_regime, reference, split)}"
             for split in ("test", "validation")
         ]
         if any(line["arm"] != reference for line in of_regime):
@@ -86,12 +87,12 @@ def _tables(lines: list[Line], reference: str, split: str) -> str:
         own = [line for line in lines if line["arm"] == arm]
         cells = _mean_cells(own, split)
         seconds = median(line["seconds_per_step"] for line in own)
-        levels.append([arm, str(len(own)), *cells, f"{1000 * seconds:.0f}"])
+        levels.append([escaped(arm), str(len(own)), *cells, f"{1000 * seconds:.0f}"])
         if arm != reference:
-            differences.append([arm, *_difference_cells(lines, arm, reference, split)])
+            differences.append([escaped(arm), *_difference_cells(lines, arm, reference, split)])
     return (
         _markdown(["arm", "runs", *titles, "ms a step"], levels)
-        + f"\nDifferences to {reference}, paired by seed, with 95 % intervals:\n\n"
+        + f"\nDifferences to {escaped(reference)}, paired by seed, with 95 % intervals:\n\n"
         + _markdown(["arm", *titles], differences)
     )
 
@@ -119,7 +120,7 @@ def _trials_table(lines: list[Line]) -> str:
         )
         by_trial[line["arm"], own].append(line)
     rows = [
-        [arm, own, str(len(runs)), *_mean_cells(runs, "validation")]
+        [escaped(arm), escaped(own), str(len(runs)), *_mean_cells(runs, "validation")]
         for (arm, own), runs in by_trial.items()
     ]
     titles = [title for title, _, _ in METRICS.values()]

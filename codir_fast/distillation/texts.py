@@ -19,6 +19,8 @@ from codir_fast.distillation.data import (
     read_file,
     reading,
 )
+from codir_fast.distillation.fingerprint import hash_file
+from codir_fast.distillation.fixed_settings import STREAM_FILE
 from codir_fast.errors import UsageError
 
 TEXT_FORMATS = FORMATS | {".txt": "text"}
@@ -101,6 +103,17 @@ def _stream(rows: Any, flag: str, source: str, data: CorpusArguments) -> Iterabl
         if next(iter(texts), None) is None:
             raise UsageError(f"`{flag}` holds no text")
     return texts
+
+
+def stream_settings(data: CorpusArguments) -> dict[str, Any]:
+    """What the texts of a stream and their order depend on, beside the seed. A file is read through
+    for it, once; a data set of the hub is known by its name alone.
+    """
+    names = ("shuffle_buffer", "max_train_samples", "max_seq_length", "text_column")
+    settings = {name: getattr(data, name) for name in (*names, "dataset_name", "dataset_config")}
+    if data.train_file is not None:
+        settings[STREAM_FILE] = hash_file(data.train_file)
+    return settings
 
 
 @contextmanager

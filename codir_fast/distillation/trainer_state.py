@@ -66,6 +66,15 @@ def read_trainer_state(directory: Path) -> TrainerState:
     return state
 
 
+def check_steps(saved: TrainerState, max_steps: int) -> None:
+    """Raises ValueError where the run would have ended before the checkpoint was written."""
+    if saved.global_step > max_steps:
+        raise ValueError(
+            f"it has {saved.global_step} steps, and this run ends after {max_steps}: "
+            "`max_steps` or `num_train_epochs` must be larger"
+        )
+
+
 def best_beside(directory: Path, saved: TrainerState) -> str | None:
     """The best checkpoint so far, found by its step: the file may have moved since it was named."""
     if saved.best_global_step is None:

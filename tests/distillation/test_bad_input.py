@@ -46,8 +46,11 @@ FILES = {
     "teacher/config.xml": "must end in .csv, .json, .jsonl, .parquet, got",
     "unreadable.csv": "can't be read as csv",  # opens, but no byte of it can be read
     "binary.csv": "can't be read as csv",
-    "nothing.csv": "can't be read as csv",
-    "none.csv": "can't be read as csv",
+    "nothing.csv": "has no rows, the file",
+    "nothing.json": "has no rows, the file",
+    "nothing.jsonl": "has no rows, the file",
+    "no-row.json": "has no rows,",
+    "none.csv": "has no rows,",
     "ragged.csv": "can't be read as csv",
     "open-quote.csv": "can't be read as csv",
     "latin-1.csv": "can't be read as csv",
@@ -844,7 +847,8 @@ def _write_files(path: Path) -> None:
     (path / "teacher" / "config.xml").write_text("<a/>")
     for name, data in {
         "binary.csv": bytes(range(256)) * 10,
-        "nothing.csv": b"",
+        **dict.fromkeys(("nothing.csv", "nothing.json", "nothing.jsonl"), b""),
+        "no-row.json": b"[]",
         "latin-1.csv": "text,label\nw1 ü,positive\nw2,negative\n".encode("latin-1"),
         "utf-16.csv": "text,label\nw1,positive\nw2,negative\n".encode("utf-16"),
         "garbled.parquet": b"PAR1, no more",

@@ -291,7 +291,19 @@ ERRORS = {
     "no training": ({"--do_train": "False"}, "`do_train` False can't be used"),
     "stream of nothing": (
         {"--streaming": True, "--max_steps": 3, "--train_file": "FOLDER/empty.txt"},
-        "`train_file` holds no text",
+        "`train_file` has no rows, the file",
+    ),
+    "stream of nothing in JSON": (
+        {"--streaming": True, "--max_steps": 3, "--train_file": "FOLDER/empty.jsonl"},
+        "`train_file` has no rows, the file",
+    ),
+    "queue beyond memory": (
+        {"--queue_size": 99999999999999},
+        "`queue_size` 99999999999999 can't be had, as rows of 128 numbers: ",
+    ),
+    "queue beyond numbers": (
+        {"--queue_size": 10**20},
+        "`queue_size` 100000000000000000000 can't be had, as rows of 128 numbers: ",
     ),
 }
 
@@ -314,6 +326,7 @@ def broken(corpus, tmp_path_factory):
     (path / "numbers.csv").write_text("text\n1\n2\n")
     (path / "blank.txt").write_text("\n  \n")
     (path / "empty.txt").write_text("")
+    (path / "empty.jsonl").write_text("")
     (path / "bytes.txt").write_bytes(b"\xff\xfe\x00\x81\n")
     return path
 

@@ -548,6 +548,17 @@ ERRORS = {
     "garbled log": (["FOLDER/garbled"], "trainer_state.json can't be read as JSON"),
     "log of a list": (["FOLDER/list"], "must hold an object of JSON, got list"),
     "no history": (["FOLDER/no_history"], "holds no log_history"),
+    "endless step": (["FOLDER/endless"], "at most 3.4e+38; step has a larger one"),
+    "endless loss": (["FOLDER/large"], "at most 3.4e+38; loss has a larger one"),
+    "number for a kind": (
+        ["FOLDER/kind", "--test_file", "FOLDER/train.csv"],
+        "kind/config.json must hold a list of `architectures`, got 5",
+    ),
+    "number for names": (
+        ["FOLDER/names", "--test_file", "FOLDER/train.csv"],
+        "names, a value in its files is of another type: ",
+    ),
+    "words for numbers": (["FOLDER/words"], "must hold an `id2label` of numbers, got ['a']"),
     "garbled settings": (["FOLDER/settings"], "run.json holds no settings"),
     "pickle": (["FOLDER/pickle"], f"{STATE_FILE} can't be read as safetensors"),
     "garbled model": (["FOLDER/model"], "model.safetensors can't be read as safetensors"),
@@ -601,6 +612,16 @@ def broken(runs, folder, tmp_path_factory):
     (path / "pickle" / STATE_FILE).write_bytes(pickle.dumps({"contrast.bank.rows": [1.0]}))
     (path / "model" / "model.safetensors").write_bytes(b"nothing")
     (path / "layers" / "distillation.json").write_text("{}")
+    for name, file, change in (
+        ("endless", "trainer_state.json", {"log_history": [{"step": 10**400, "loss": 1}]}),
+        ("large", "trainer_state.json", {"log_history": [{"step": 1, "loss": -1e308}]}),
+        ("kind", "config.json", {"architectures": 5}),
+        ("names", "config.json", {"id2label": 5}),
+        ("words", "config.json", {"id2label": {"a": "b"}}),
+    ):
+        shutil.copytree(path / "joint", path / name)
+        content = json.loads((path / name / file).read_text()) | change
+        (path / name / file).write_text(json.dumps(content))
     state = load_file(path / "joint" / STATE_FILE)
     rows = state["contrast.bank.rows"].clone()
     rows[3, 1] = torch.nan

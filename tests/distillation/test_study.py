@@ -378,7 +378,7 @@ ERRORS = {
     "no file": (None, "no.yaml can't be read"),
     "no mapping": ("- 1\n", "must hold a mapping, got list"),
     "no yaml": ("a: [\n", "can't be read"),
-    "unknown name": ({"arm": {}}, "unexpected keyword argument 'arm'"),
+    "unknown name": ({"arm": {}}, "study.yaml has an unknown key 'arm', known: ["),
     "reference": ({"reference": "x"}, "`reference` must be an arm, ['ce_kd', 'paper'], got 'x'"),
     "arms": ({"arms": ["x"]}, "`arms` must be a mapping"),
     "trial regime": ({"trial_regime": "x"}, "`trial_regime` must be a regime, ['few'], got 'x'"),
@@ -395,6 +395,21 @@ ERRORS = {
         "`max_seq_length` must be in the `settings` of all runs",
     ),
     "seeds": ({"seeds": ["x"]}, "`seeds` must be a list of integers"),
+    "switches for seeds": ({"seeds": [True]}, "`seeds` must be a list of integers, got [True]"),
+    "a switch for a seed of trials": ({"trial_seeds": [True]}, "`trial_seeds` must be a list of"),
+    "a date that is none": ("2021-13-45: x", "study.yaml can't be read: month must be in 1..12"),
+    "deep": ("[" * 5000, "study.yaml can't be read: it is nested too deeply"),
+    "words for a length": (
+        {"settings": FAST | {"max_seq_length": "abc"}},
+        "`max_seq_length` in `settings` must be an integer, got 'abc'",
+    ),
+    "number for a column": (
+        {"settings": FAST | {"text_column": 5}},
+        "`text_column` in `settings` must be a text, got 5",
+    ),
+    "list for a reference": ({"reference": ["a"]}, "`reference` must be a name, got ['a']"),
+    "list for a regime": ({"trial_regime": ["few"]}, "`trial_regime` must be a name, got ['few']"),
+    "number for a key": ({5: 1}, "study.yaml has an unknown key 5, known: ['teacher', "),
     "seeds of trials": (
         {"trial_seeds": [11]},
         "`seeds` and `trial_seeds` must have none in common",
@@ -555,3 +570,19 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert "+10.00 ± 0.00" in rows[0] and "+0.1000 ± 0.0000" in rows[0]
     assert "+20.00 ± 0.00" in rows[1]  # on the validation texts
     assert (tmp_path / "table.md").read_text() == text
+
+
+def test_names_stand_in_the_table_as_they_are(tmp_path):
+    scores = {name: 0.5 for name in METRICS}
+    lines = [
+        {
+            **{"arm": arm, "regime": "r|1", "seed": seed, "settings": {"a|b": 1}},
+            **{"validation": scores, "test": scores, "seconds_per_step": 0.1},
+        }
+        for arm in ("<b>|x", "plain")
+        for seed in (1, 2)
+    ]
+    text = write_report(lines, "plain", tmp_path, trials=False)
+    assert "| &lt;b&gt;\\|x | 2 |" in text and "## r\\|1, test texts" in text
+    assert "<b>" not in text
+    assert "| &lt;b&gt;\\|x |" in write_report(lines, "plain", tmp_path, trials=True)

@@ -126,6 +126,8 @@ def _is_classifier(folder: Path) -> bool:
     """Whether it holds a model that `codir-fast evaluate` takes."""
     file = folder / "config.json"
     kinds = read_json(file).get("architectures") or [] if file.is_file() else []
+    if not isinstance(kinds, list):
+        raise UsageError(f"{file} must hold a list of `architectures`, got {kinds!r}")
     is_kind = any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
     return is_kind and parameters_in(folder) is not None
 
@@ -164,6 +166,8 @@ def _label_names(runs: list[Run]) -> dict[int, str]:
         file = run.path / "config.json"
         names = read_json(file).get("id2label") if file.is_file() else None
         if isinstance(names, dict):
+            if not all(str(number).isdecimal() for number in names):
+                raise UsageError(f"{file} must hold an `id2label` of numbers, got {list(names)}")
             known.append({int(number): str(name) for number, name in names.items()})
     agree = known and all(names == known[0] for names in known)
     return known[0] if agree else {}

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 
 from codir_fast.distillation.checkpoint import checkpoints
+from codir_fast.distillation.labels import LARGEST_NUMBER
 from codir_fast.distillation.model_card import SPEED
 from codir_fast.distillation.run_settings import RUN_FILE
 from codir_fast.errors import UsageError
@@ -107,12 +108,23 @@ def _history(path: Path) -> list[dict[str, float]]:
     rows = state.get("log_history")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{file} holds no log_history")
+    for row in rows:
+        if large := [name for name, value in row.items() if _is_number(value) and _is_large(value)]:
+            raise UsageError(
+                f"{file} must have numbers in log_history that are those of float32, at most "
+                f"{LARGEST_NUMBER:.1e}; {large[0]} has a larger one"
+            )
     numbers = [{key: value for key, value in row.items() if _is_number(value)} for row in rows]
     return [row for row in numbers if math.isfinite(row.get("step", math.nan))]
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_large(value: int | float) -> bool:
+    """Whether it is beyond the numbers that a run computes with, but not for being infinite."""
+    return LARGEST_NUMBER < abs(value) != math.inf
 
 
 def _settings(path: Path) -> dict[str, dict[str, Any]] | None:
