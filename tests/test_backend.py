@@ -8,7 +8,7 @@ import torch
 
 import codir_fast
 from codir_fast import _C, backend
-from codir_fast.backend import Rows
+from codir_fast.bank_facts import Rows, rows_of
 
 
 @dataclass
@@ -161,7 +161,7 @@ def make_bank(offset=0):
 
 def test_what_is_told_of_rows():
     warm, cold, label = torch.tensor(1 / 0.07), torch.tensor(1 / 0.02), torch.zeros(3)
-    of = backend.rows_of
+    of = rows_of
     bank = make_bank()
     assert of(bank, None, warm) == Rows(torch.bfloat16)
     assert not of(bank, None, warm, None, None).masked

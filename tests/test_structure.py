@@ -17,6 +17,7 @@ LEVELS = {
     "checks": 1,
     "reference": 1,
     "backend": 1,
+    "bank_facts": 1,
     "collectives": 1,
     "ops": 2,
     "sharding": 2,

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from codir_fast.backend import has_triton, resolve, rows_of
+from codir_fast.backend import has_triton, resolve
+from codir_fast.bank_facts import rows_of
 from codir_fast.ops import registration
 from codir_fast.ops.contrast import (
     Outputs,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codir_fast.backend import resolve, rows_of
+from codir_fast.backend import resolve
+from codir_fast.bank_facts import rows_of
 from codir_fast.ops import registration
 from codir_fast.ops.contrast import (
     Outputs,
