@@ -27,15 +27,6 @@ def real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def count_tokens(mask_ptr, T, stride_mt, HAS_MASK: tl.constexpr, BLOCK_SCAN: tl.constexpr):
-    count = tl.zeros((BLOCK_SCAN,), tl.int32)
-    for t0 in range(0, T, BLOCK_SCAN):
-        t = t0 + tl.arange(0, BLOCK_SCAN)
-        count += real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK).to(tl.int32)
-    return tl.sum(count)
-
-
-@triton.jit
 def find_token(
     mask_ptr, T, stride_mt, MODE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_SCAN: tl.constexpr
 ):

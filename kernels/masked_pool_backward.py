@@ -13,12 +13,20 @@ from codir_fast.kernels.masked_pool import (
     DTYPES,
     check_mask,
     check_mode,
-    count_tokens,
     find_token,
     pick,
     real_tokens,
 )
 from torch import Tensor
+
+
+@triton.jit
+def count_tokens(mask_ptr, T, stride_mt, HAS_MASK: tl.constexpr, BLOCK_SCAN: tl.constexpr):
+    count = tl.zeros((BLOCK_SCAN,), tl.int32)
+    for t0 in range(0, T, BLOCK_SCAN):
+        t = t0 + tl.arange(0, BLOCK_SCAN)
+        count += real_tokens(mask_ptr, t, T, stride_mt, HAS_MASK).to(tl.int32)
+    return tl.sum(count)
 
 
 @triton.jit(do_not_specialize=["T"])
