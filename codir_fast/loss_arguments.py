@@ -134,7 +134,7 @@ def inverse_temperature(temperature: float | Tensor, query: Tensor) -> Tensor:
     if not isinstance(temperature, Tensor):
         check_temperature(temperature, dtype=compute)
         # On the CPU kernels get it as a number; in a compiled graph that would be a kernel of the
-        # CPU's, which takes a C++ compiler and forbids CUDA graphs.
+        # CPU's, which takes a C++ compiler.
         device = query.device if torch.compiler.is_compiling() else torch.device("cpu")
         return torch.full((), 1 / as_number(temperature), dtype=torch.float64, device=device)
     check_tensor("temperature", temperature)

@@ -34,7 +34,8 @@ class MemoryQueue(BankRows):
             torch.float8_e4m3fn takes a quarter: its rows have a float32 factor each, gradients are
             right to about 1 % of their largest element at a temperature of 0.07, which must not be
             lower. The Triton kernels take it on sm_89 and newer; elsewhere backend "torch" runs. On
-            an H200 4,096 queries take 3 times as long as with bfloat16 rows, few take as long.
+            an H200 a step takes 3 times as long as with bfloat16 rows at 4,096 queries, and up to
+            twice as long, most of it Python, with few.
         with_labels: keep an int64 label per row, to leave out negatives of the query's own class.
         process_group: ranks of torch.distributed that share the rows; see codir_fast.distributed.
             Default: this process has them all.

@@ -179,7 +179,7 @@ def test_a_transposed_query_is_compiled():
 
 def test_a_compiled_graph_has_no_kernel_of_another_device():
     """1/t of a number lies where the query is: made on the CPU beside a GPU, it would need a C++
-    compiler and forbid CUDA graphs.
+    compiler.
     """
     query = torch.empty(B, D, device="meta")
     devices = []
